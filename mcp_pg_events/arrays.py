@@ -1,0 +1,72 @@
+"""PostgreSQL arrays in binary, built in one pass.
+
+A batch of events travels as three parallel arrays. psycopg dumps lists element by element and picks the smallest
+integer type that fits, so that the statement's parameter types (and with them its prepared form) change with the
+values; these two types are always `bigint[]` and `text[]`, and a payload that is bytes already stays bytes.
+Layout: PostgreSQL's `array_send`, that is dimensions, null flag, element oid, length, lower bound, then the elements.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+from psycopg import adapt, pq
+
+__all__ = ["Int8Array", "TextArray", "register"]
+
+_INT8_OID, _INT8_ARRAY_OID = 20, 1016
+_TEXT_OID, _TEXT_ARRAY_OID = 25, 1009
+_HEADER = struct.Struct("!iiIii")
+_LENGTH = struct.Struct("!i")
+
+
+class Int8Array:
+    """The values of one `bigint[]` parameter."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self.values = list(values)
+
+
+class TextArray:
+    """The values of one `text[]` parameter, each UTF-8 already."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[bytes]) -> None:
+        self.values = list(values)
+
+
+class _Int8ArrayDumper(adapt.Dumper):
+    format = pq.Format.BINARY
+    oid = _INT8_ARRAY_OID
+
+    def dump(self, obj: Int8Array) -> bytes:
+        count = len(obj.values)
+        if not count:
+            return struct.pack("!iiI", 0, 0, _INT8_OID)
+        flat: list[int] = []
+        for value in obj.values:
+            flat += (8, value)
+        return _HEADER.pack(1, 0, _INT8_OID, count, 1) + struct.pack("!" + "iq" * count, *flat)
+
+
+class _TextArrayDumper(adapt.Dumper):
+    format = pq.Format.BINARY
+    oid = _TEXT_ARRAY_OID
+
+    def dump(self, obj: TextArray) -> bytes:
+        if not obj.values:
+            return struct.pack("!iiI", 0, 0, _TEXT_OID)
+        parts = [_HEADER.pack(1, 0, _TEXT_OID, len(obj.values), 1)]
+        for value in obj.values:
+            parts += (_LENGTH.pack(len(value)), value)
+        return b"".join(parts)
+
+
+def register(adapters: adapt.AdaptersMap) -> None:
+    """Teach a connection's adapters the two array types."""
+    adapters.register_dumper(Int8Array, _Int8ArrayDumper)
+    adapters.register_dumper(TextArray, _TextArrayDumper)

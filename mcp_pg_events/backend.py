@@ -1,0 +1,212 @@
+"""What the session side (`http`, `session`, `reader`) needs of a log, in types that know no database.
+
+`log.py` has the implementation over PostgreSQL; another one could stand in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+__all__ = [
+    "Attachment",
+    "Call",
+    "CursorRejected",
+    "Event",
+    "EventLog",
+    "OpenedSession",
+    "Page",
+    "RequestInFlight",
+    "SessionKey",
+    "SessionLimit",
+    "SessionRecord",
+    "SessionUnknown",
+    "Stream",
+]
+
+
+class SessionUnknown(Exception):
+    """No such session for this asker: unknown, ended, expired and foreign look alike."""
+
+
+class SessionLimit(Exception):
+    """As many sessions are open as the server allows."""
+
+
+class RequestInFlight(Exception):
+    """The session has a running request with this id."""
+
+
+class CursorRejected(Exception):
+    """A `Last-Event-ID` that cannot be resumed from; `reason` is `unknown` or `expired`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """Who asks for which session: its id, the server that it belongs to, the principal (or None), the idle time-out in
+    seconds."""
+
+    session_id: str
+    server: str
+    owner: str | None
+    idle_timeout: float | None
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A stream that this worker writes to. `shared` ones get their numbers in the database, since others write too."""
+
+    number: int
+    session_id: str
+    created_at: datetime | None = None
+    shared: bool = False
+    next_seq: int = 1
+    closed: bool = False
+    on_ended: Callable[[], None] | None = field(default=None, repr=False)
+    """Called when somebody else wrote the final: the session ended, or this worker was declared dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One stored event. `payload` is the JSON-RPC message in UTF-8; `final` says that the stream ends with it."""
+
+    seq: int
+    payload: bytes
+    final: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What follows in a stream: events in order, whether its end is reached with them, and who its newest reader is."""
+
+    events: Sequence[Event]
+    ended: bool
+    generation: int
+    expired: bool
+    """The next event is gone with its partition, so there is a gap after the position asked for."""
+    more: bool = False
+    """The page is full, so there may be another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """What `initialize` and what followed it left behind: all that another worker needs to serve the session."""
+
+    initialize: str
+    protocol_version: str
+    log_level: str | None
+    subscriptions: Sequence[str]
+    standalone: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """A new session: its standalone stream's number, and the stream of its `initialize` request."""
+
+    standalone: int
+    stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that has its stream. `record` is there when the asker wanted to restore the session."""
+
+    stream: Stream
+    protocol_version: str
+    record: SessionRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A reader's hold on a stream: newest generation, position, and the bound for reading on from there."""
+
+    stream: int
+    generation: int
+    position: int
+    bound: datetime
+    standalone: bool
+    protocol_version: str
+
+
+class EventLog(Protocol):
+    """The log as the session side sees it. Every method may raise `errors.DatabaseUnavailable`."""
+
+    async def open_session(
+        self,
+        key: SessionKey,
+        *,
+        initialize: str,
+        protocol_version: str,
+        request_id: str,
+        request_key: str,
+        limit: int | None,
+    ) -> OpenedSession:
+        """Record a session. Raises `SessionLimit` when the server has `limit` live ones."""
+        ...
+
+    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> None: ...
+
+    async def find_session(self, key: SessionKey) -> SessionRecord:
+        """Raises `SessionUnknown`."""
+        ...
+
+    async def open_stream(
+        self, key: SessionKey, *, request_id: str, request_key: str, method: str, restore: bool
+    ) -> Call:
+        """Raises `SessionUnknown` and `RequestInFlight`."""
+        ...
+
+    async def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> int:
+        """Store one event, and its number once it is committed. Raises `errors.AppendRefused` on a closed stream."""
+        ...
+
+    async def attach(self, key: SessionKey, stream: int | None, after: int | None, *, patience: float) -> Attachment:
+        """Become the reader of a stream (None: the standalone one) after a position (None: what nobody was handed yet).
+
+        Raises `SessionUnknown` and `CursorRejected`."""
+        ...
+
+    async def detach(self, stream: int, generation: int, position: int) -> None: ...
+
+    async def read(self, stream: int, after: int, bound: datetime) -> Page:
+        """The next page of a stream; empty when there is nothing yet."""
+        ...
+
+    def bound_of(self, stream: Stream) -> datetime:
+        """The bound for reading a stream that has just been opened from its beginning."""
+        ...
+
+    def bound_after(self, event: Event) -> datetime:
+        """The bound for reading what follows `event`."""
+        ...
+
+    async def close_reader(self, stream: int) -> None:
+        """End the response that reads a stream, on whichever worker it is (SEP-1699)."""
+        ...
+
+    async def record_log_level(self, session_id: str, level: str) -> None: ...
+
+    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> None: ...
+
+    async def call_owner(self, session_id: str, request_key: str) -> int | None:
+        """The worker that runs a request of the session, None when none does."""
+        ...
+
+    async def session_workers(self, session_id: str) -> list[int]:
+        """The workers that run something for the session."""
+        ...
+
+    async def post(self, workers: list[int], session_id: str, payload: str) -> int:
+        """Put a message into the workers' inboxes, durably, and announce it; how many of them live."""
+        ...
+
+    async def end_session(self, key: SessionKey, reason: str) -> None:
+        """End a session everywhere. Raises `SessionUnknown`."""
+        ...

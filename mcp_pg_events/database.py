@@ -1,0 +1,179 @@
+"""The only place that opens connections, and the only one that reads driver errors.
+
+Three kinds of connection leave here: the pool's (requests), single ones (the writer, the wake-ups) and the
+listener's. All are in autocommit mode; a transaction is opened where one is meant. Next: `queries.py` has what runs
+on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final, LiteralString
+
+import psycopg
+from psycopg import AsyncConnection, conninfo, errors
+from psycopg.rows import TupleRow
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from . import arrays
+from .errors import ConfigurationError, DatabaseUnavailable, Error, NotMigrated
+
+__all__ = ["Connection", "Database", "connect", "is_outage", "normalise_dsn", "translate"]
+
+logger = logging.getLogger(__name__)
+
+Connection = AsyncConnection[TupleRow]
+
+# With a query or a NOTIFY in flight, keepalives alone left a dead peer's locks held past 45 s; with the user time-out
+# it took 9 s (measured). Both are libpq parameters and yield to what the DSN says.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 8000,
+    "application_name": "mcp_pg_events",
+}
+
+
+def normalise_dsn(dsn: str) -> str:
+    """`dsn` (a URI or key=value pairs) with this package's connection defaults for what it leaves out.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    try:
+        given = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        # The driver's text quotes the DSN, and with it the password.
+        raise ConfigurationError(
+            "The DSN cannot be read; it looks like postgresql://user:password@host:5432/database"
+        ) from None
+    return conninfo.make_conninfo("", **{**_DEFAULTS, **given})
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the database, and not the statement, is at fault, so that the same statement may work later."""
+    if isinstance(error, PoolTimeout | DatabaseUnavailable | TimeoutError | OSError):
+        return True
+    if isinstance(
+        error,
+        errors.ReadOnlySqlTransaction
+        | errors.SerializationFailure
+        | errors.DeadlockDetected
+        | errors.LockNotAvailable
+        | errors.QueryCanceled
+        | errors.IdleInTransactionSessionTimeout
+        | errors.InsufficientResources,
+    ):
+        return True
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return True
+    # 57P: the server ends sessions (restart, crash, pg_terminate_backend); 08: the connection is gone.
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "")[:3] in ("57P", "08P", "080")
+
+
+def translate(error: BaseException) -> Error:
+    """The error of this package that says what `error` means to a user, without the DSN."""
+    if isinstance(error, Error):
+        return error
+    if isinstance(error, errors.UndefinedTable | errors.InvalidSchemaName | errors.UndefinedColumn):
+        return NotMigrated()
+    if isinstance(error, errors.UndefinedFunction):
+        return NotMigrated(
+            "The database's schema lacks a function that this version needs; run `mcp-pg-events migrate`."
+        )
+    if isinstance(error, errors.InsufficientPrivilege):
+        detail = error.diag.message_primary or "permission denied"
+        return DatabaseUnavailable(
+            f"The database role may not do this ({detail}); grant it with `mcp-pg-events migrate --worker-role ROLE`"
+        )
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable("No connection to PostgreSQL was to be had in time; check that it runs")
+    text = " ".join(str(error).split()) if isinstance(error, psycopg.Error | OSError) else type(error).__name__
+    return DatabaseUnavailable(
+        f"PostgreSQL cannot be used ({text[:300]}); check that it runs and that the DSN is right"
+    )
+
+
+async def connect(dsn: str, *, prepare_threshold: int | None = 5, name: str | None = None) -> Connection:
+    """One autocommit connection; `name` becomes its `application_name` where the DSN gives none.
+
+    Raises:
+        DatabaseUnavailable: it could not be made.
+    """
+    try:
+        connection = await AsyncConnection.connect(
+            normalise_dsn(dsn), autocommit=True, prepare_threshold=prepare_threshold
+        )
+    except (psycopg.Error, OSError) as error:
+        raise translate(error) from None
+    arrays.register(connection.adapters)
+    return connection
+
+
+class Database:
+    """A pool, and statements that survive the death of a pooled connection."""
+
+    def __init__(self, dsn: str, *, max_connections: int, prepare_threshold: int | None) -> None:
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            normalise_dsn(dsn),
+            min_size=1,
+            max_size=max_connections,
+            open=False,
+            kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
+            configure=_configure,
+            timeout=5,
+            reconnect_timeout=2,
+            name="mcp_pg_events",
+        )
+
+    async def open(self) -> None:
+        await self._pool.open()
+
+    async def close(self) -> None:
+        await self._pool.close(timeout=2)
+
+    @asynccontextmanager
+    async def connection(self, patience: float = 5.0) -> AsyncIterator[Connection]:
+        """A pooled connection; `patience` is how long to wait for one, in seconds."""
+        async with self._pool.connection(timeout=patience) as connection:
+            yield connection
+
+    async def fetch(
+        self,
+        statement: bytes | LiteralString,
+        parameters: dict[str, Any] | None = None,
+        *,
+        patience: float = 2.0,
+        prepare: bool | None = None,
+    ) -> list[TupleRow]:
+        """Run one statement, and its rows. Outages are waited out for `patience` seconds.
+
+        A connection that died in the pool fails its first statement, so one that may run twice is run again on another.
+        Whoever calls this with a statement that may not says how it tells.
+
+        Raises:
+            DatabaseUnavailable: the outage outlasted `patience`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        pause = 0.0
+        while True:
+            try:
+                async with self.connection(max(0.1, deadline - loop.time())) as connection:
+                    cursor = await connection.execute(statement, parameters, prepare=prepare)
+                    return await cursor.fetchall() if cursor.description else []
+            except (psycopg.Error, PoolTimeout, OSError) as error:
+                if not is_outage(error) or loop.time() + pause >= deadline:
+                    raise translate(error) from error
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 2 or 0.02)
+
+
+async def _configure(connection: Connection) -> None:
+    arrays.register(connection.adapters)

@@ -1,0 +1,352 @@
+"""POST, GET and DELETE of the handshake era (specification, 2025-11-25, "Streamable HTTP"): status codes and headers.
+
+A request that reaches `HTTPEndpoint` has passed the app's own authentication. What it means is decided here; what it
+does is next: `sessions.py` for messages, `reader.py` for streams.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+import anyio
+import pydantic_core
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
+from mcp.server.streamable_http import check_accept_headers
+from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from mcp_types import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCMessage,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    jsonrpc_message_adapter,
+)
+from mcp_types.version import is_version_at_least
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from . import sse
+from .backend import CursorRejected, RequestInFlight, SessionKey, SessionLimit, SessionUnknown, Stream
+from .errors import DatabaseUnavailable, Error
+from .hub import Subscription
+from .reader import ReaderOptions, SSEReader, read_final
+from .session import RESUMABLE_SINCE, Session, request_key
+from .sessions import Sessions
+
+if TYPE_CHECKING:
+    from .store import PostgresStore
+
+__all__ = ["EndpointOptions", "HTTPEndpoint"]
+
+logger = logging.getLogger(__name__)
+
+SESSION_ID: Final = "mcp-session-id"
+_SESSION_ID_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,512}")
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """What the app was built with, and what `durable` was given. Time-outs in seconds."""
+
+    name: str
+    owner: Callable[[Scope], str | None] | None
+    json_response: bool
+    idle_timeout: float | None
+    max_sessions: int | None
+    security: TransportSecuritySettings | None
+    reader: ReaderOptions
+
+
+class _Answer(Exception):
+    """The request is answered with this response instead of what it asked for."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__()
+        self.response = response
+
+
+class HTTPEndpoint:
+    """The ASGI app that serves handshake-era requests of one MCP endpoint."""
+
+    def __init__(self, store: PostgresStore, sessions: Sessions, options: EndpointOptions) -> None:
+        self._store = store
+        self._log = store.log
+        self._hub = store.hub
+        self._sessions = sessions
+        self._options = options
+        self._security = TransportSecurityMiddleware(options.security)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            refusal = await self._security.validate_request(request, is_post=request.method == "POST")
+            if refusal is not None:
+                raise _Answer(refusal)
+            match request.method:
+                case "POST":
+                    await self._post(request, receive, send)
+                case "GET":
+                    await self._get(request, receive, send)
+                case "DELETE":
+                    await self._delete(request)
+                case _:
+                    raise _Answer(_error(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
+        except _Answer as answer:
+            await answer.response(scope, receive, send)
+        except SessionUnknown:
+            await _error(404, "Session not found")(scope, receive, send)
+        except DatabaseUnavailable as error:
+            self._store.note_outage(error)
+            unavailable = _error(
+                503, "The session store is unavailable, try again", INTERNAL_ERROR, headers={"Retry-After": "1"}
+            )
+            await unavailable(scope, receive, send)
+        except Error as error:
+            logger.error("A request failed: %s", error)
+            await _error(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
+        except ClientDisconnect:
+            logger.debug("A client went before its request was whole")
+
+    # --- POST ---------------------------------------------------------------------------------------------------------
+
+    async def _post(self, request: Request, receive: Receive, send: Send) -> None:
+        has_json, has_sse = check_accept_headers(request)
+        if not (has_json and (has_sse or self._options.json_response)):
+            kinds = "application/json" if self._options.json_response else "both application/json and text/event-stream"
+            raise _Answer(_error(406, f"Not Acceptable: Client must accept {kinds}"))
+        body = await request.body()
+        message = _parse(body)
+        if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
+            await self._open_session(message, request, receive, send)
+            return
+        key = self._session_key(request)
+        if not isinstance(message, JSONRPCRequest):
+            await self._log.find_session(key)
+            await self._sessions.route(key, message, body.decode(), request)
+            raise _Answer(Response(status_code=202, headers={SESSION_ID: key.session_id}))
+        # From the stream's opening to its dispatch nothing may come between: an open stream that nobody works on would
+        # leave its client waiting. Both are bounded.
+        with anyio.CancelScope(shield=True):
+            session, stream, subscription = await self._start(key, message, request)
+        await self._respond(session, stream, subscription, receive, send)
+
+    async def _start(
+        self, key: SessionKey, message: JSONRPCRequest, request: Request
+    ) -> tuple[Session, Stream, Subscription]:
+        session = await self._sessions.ready(key.session_id)
+        try:
+            call = await self._log.open_stream(
+                key,
+                request_id=json.dumps(message.id),
+                request_key=request_key(message.id),
+                method=message.method,
+                restore=session is None,
+            )
+        except RequestInFlight:
+            raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
+        subscription = self._hub.subscribe(call.stream.number, key.session_id, 1)
+        try:
+            # Asked again: a `restored` elsewhere may have come first.
+            session = await self._sessions.ready(key.session_id)
+            if session is None:
+                record = call.record or await self._log.find_session(key)
+                session = await self._sessions.restored(key.session_id, record, request)
+            session.start(message, call.stream, request)
+        except BaseException:
+            self._hub.unsubscribe(subscription)
+            error = ErrorData(code=INTERNAL_ERROR, message="The session could not be restored on this worker")
+            failure = JSONRPCError(jsonrpc="2.0", id=message.id, error=error)
+            self._store.spawn(self._log.append(call.stream, _dump(failure), final=True))
+            raise
+        return session, call.stream, subscription
+
+    async def _open_session(self, message: JSONRPCRequest, request: Request, receive: Receive, send: Send) -> None:
+        """A client's first request: its session is recorded before its id leaves the process."""
+        if self._store.draining:
+            raise _Answer(
+                _error(503, "The server is shutting down, try again", INTERNAL_ERROR, headers={"Retry-After": "1"})
+            )
+        key = self._key(request, uuid4().hex)
+        session = self._sessions.open(key.session_id)
+        established = False
+        try:
+            *notices, answer = await session.initialize(message, request)
+            if not isinstance(answer, JSONRPCResponse):
+                raise _Answer(Response(_dump(answer), media_type="application/json"))
+            with anyio.CancelScope(shield=True):
+                opened = await self._log.open_session(
+                    key,
+                    initialize=json.dumps(message.params or {}),
+                    protocol_version=str(answer.result["protocolVersion"]),
+                    request_id=json.dumps(message.id),
+                    request_key=request_key(message.id),
+                    limit=self._options.max_sessions,
+                )
+                session.standalone = Stream(opened.standalone, key.session_id, shared=True)
+                established = True
+                subscription = self._hub.subscribe(opened.stream.number, key.session_id, 1)
+                for notice in notices:
+                    await self._log.append(opened.stream, _dump(notice))
+                await self._log.append(opened.stream, _dump(answer), final=True)
+        except SessionLimit:
+            logger.warning("Refusing to open a new session: %s sessions are already open", self._options.max_sessions)
+            raise _Answer(_error(503, "Too many open sessions", INTERNAL_ERROR)) from None
+        finally:
+            if not established:
+                self._sessions.session_ended(key.session_id)
+        await self._respond(session, opened.stream, subscription, receive, send)
+
+    async def _respond(
+        self, session: Session, stream: Stream, subscription: Subscription, receive: Receive, send: Send
+    ) -> None:
+        bound = self._log.bound_of(stream)
+        if not self._options.json_response:
+            primes = is_version_at_least(session.connection.protocol_version, RESUMABLE_SINCE)
+            reader = SSEReader(
+                self._log, subscription, position=0, bound=bound, primes=primes, options=self._options.reader
+            )
+            await self._run_reader(reader, subscription, receive, send)
+            return
+        try:
+            payload = await read_final(subscription, self._log, bound)
+        finally:
+            self._hub.unsubscribe(subscription)
+        if payload is None:
+            raise _Answer(_error(500, "Session terminated before the request completed", INTERNAL_ERROR))
+        headers = {SESSION_ID: session.session_id}
+        raise _Answer(Response(payload, media_type="application/json", headers=headers))
+
+    # --- GET ----------------------------------------------------------------------------------------------------------
+
+    async def _get(self, request: Request, receive: Receive, send: Send) -> None:
+        if not check_accept_headers(request)[1]:
+            raise _Answer(_error(406, "Not Acceptable: Client must accept text/event-stream"))
+        key = self._session_key(request)
+        stream: int | None = None
+        after: int | None = None
+        if (last_event_id := request.headers.get("last-event-id")) is not None:
+            if (cursor := sse.parse_event_id(last_event_id)) is None:
+                # Whose session it is comes first, so that this tells nobody anything.
+                await self._log.find_session(key)
+                raise _Answer(_cursor_error("malformed"))
+            stream, after = cursor
+        try:
+            # Held, rather than refused, while the database is away: the SDK's client gives up after two refusals.
+            attachment = await self._log.attach(key, stream, after, patience=self._options.reader.outage_timeout)
+        except CursorRejected as rejected:
+            raise _Answer(_cursor_error(rejected.reason)) from None
+        subscription = self._hub.subscribe(attachment.stream, key.session_id, attachment.generation)
+        subscription.fall_behind()
+        reader = SSEReader(
+            self._log,
+            subscription,
+            position=attachment.position,
+            bound=attachment.bound,
+            primes=is_version_at_least(attachment.protocol_version, RESUMABLE_SINCE),
+            options=self._options.reader,
+        )
+        await self._run_reader(reader, subscription, receive, send)
+
+    async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream"),
+            (b"cache-control", b"no-cache, no-transform"),
+            (b"connection", b"keep-alive"),
+            (b"x-accel-buffering", b"no"),
+            (SESSION_ID.encode(), subscription.session_id.encode()),
+        ]
+        try:
+            await reader.respond(receive, send, headers)
+        finally:
+            self._hub.unsubscribe(subscription)
+            if not reader.complete:
+                self._store.spawn(self._log.detach(subscription.stream, subscription.generation, reader.position))
+
+    # --- DELETE -------------------------------------------------------------------------------------------------------
+
+    async def _delete(self, request: Request) -> None:
+        key = self._session_key(request)
+        with anyio.CancelScope(shield=True):
+            await self._log.end_session(key, "deleted")
+        raise _Answer(Response(status_code=200, media_type="application/json", headers={SESSION_ID: key.session_id}))
+
+    # --- who asks -----------------------------------------------------------------------------------------------------
+
+    def _session_key(self, request: Request) -> SessionKey:
+        session_id = request.headers.get(SESSION_ID)
+        if session_id is None:
+            raise _Answer(_error(400, "Bad Request: Missing session ID"))
+        if _SESSION_ID_PATTERN.fullmatch(session_id) is None:
+            raise SessionUnknown
+        return self._key(request, session_id)
+
+    def _key(self, request: Request, session_id: str) -> SessionKey:
+        return SessionKey(session_id, self._options.name, self._principal(request.scope), self._options.idle_timeout)
+
+    def _principal(self, scope: Scope) -> str | None:
+        """Who the session is bound to: what `owner=` says, else the SDK's principal (client, issuer, subject)."""
+        if self._options.owner is not None:
+            owner = self._options.owner(scope)
+            return None if owner is None else str(owner).replace("\0", "\ufffd")
+        user: Any = scope.get("user")
+        if not isinstance(user, AuthenticatedUser):
+            return None
+        context = authorization_context(user)
+        return json.dumps([context["client_id"], context["issuer"], context["subject"]])
+
+
+def _parse(body: bytes) -> JSONRPCMessage:
+    try:
+        raw = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise _Answer(_error(400, f"Parse error: {error}", PARSE_ERROR)) from None
+    if isinstance(raw, dict) and "method" in raw and "id" in raw and not _is_request_id(raw["id"]):
+        # The SDK's models would take it for a notification, and nobody would ever answer.
+        raise _Answer(_error(400, "Invalid request: an id is a string or an integer", INVALID_REQUEST))
+    try:
+        return jsonrpc_message_adapter.validate_python(raw, by_name=False)
+    except ValidationError as error:
+        details = "; ".join(sorted({item["msg"] for item in error.errors(include_input=False, include_url=False)}))
+        raise _Answer(
+            _error(400, f"Validation error: not a JSON-RPC message ({details[:300]})", INVALID_PARAMS)
+        ) from None
+
+
+def _is_request_id(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _dump(message: JSONRPCMessage) -> bytes:
+    return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+
+
+_CURSOR_ERRORS: Final = {
+    "malformed": "Last-Event-ID is malformed: it is none of the ids that this server gives",
+    "unknown": "Last-Event-ID is unknown in this session",
+    "expired": "Last-Event-ID has expired: events after it are no longer kept",
+}
+
+
+def _cursor_error(reason: str) -> Response:
+    return _error(400, _CURSOR_ERRORS[reason], INVALID_PARAMS, data={"reason": reason})
+
+
+def _error(
+    status: int, message: str, code: int = INVALID_REQUEST, *, data: Any = None, headers: dict[str, str] | None = None
+) -> Response:
+    """A JSON-RPC error without a request id, since it answers the HTTP request."""
+    error = ErrorData(code=code, message=message) if data is None else ErrorData(code=code, message=message, data=data)
+    body = _dump(JSONRPCError(jsonrpc="2.0", id=None, error=error))
+    return Response(body, status_code=status, media_type="application/json", headers=headers)

@@ -1,0 +1,68 @@
+"""Messages that landed on another worker than the one that runs what they are about.
+
+They wait in the `inbox` table, durable before their client got its 202, and are taken in the order of their arrival.
+Next: `sessions.py` gives each to its session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from .database import Database
+from .errors import Error
+from .queries import Queries
+from .writer import Identity
+
+__all__ = ["Inbox"]
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL: Final = 5.0
+
+
+class Inbox:
+    """Collects this worker's letters when it is told of them, and now and then in case nobody told it."""
+
+    def __init__(
+        self, database: Database, queries: Queries, identity: Identity, deliver: Callable[[str, str], None]
+    ) -> None:
+        self._database = database
+        self._queries = queries
+        self._identity = identity
+        self._deliver = deliver
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="mcp_pg_events.inbox")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def check(self) -> None:
+        """There may be something in it."""
+        self._arrived.set()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(POLL_INTERVAL):
+                    await self._arrived.wait()
+            except TimeoutError:
+                pass
+            self._arrived.clear()
+            try:
+                letters = await self._database.fetch(self._queries.collect, {"me": self._identity.number})
+            except Error as error:
+                logger.debug("The inbox was not read: %s", error)
+                continue
+            for session_id, payload in letters:
+                try:
+                    self._deliver(session_id, payload)
+                except Exception:
+                    logger.exception("A message for session %s could not be delivered", session_id)

@@ -1,0 +1,313 @@
+"""The log over PostgreSQL: sessions, streams and their readers; what is appended goes through `writer.py`.
+
+Reads that touch events are never prepared: a generic plan locks and probes every partition, whatever the bound
+(PostgreSQL manual, "Partition Pruning"). Next: `hub.py` and `reader.py` for what was stored.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from .arrays import Int8Array
+from .backend import (
+    Attachment,
+    Call,
+    CursorRejected,
+    Event,
+    OpenedSession,
+    Page,
+    RequestInFlight,
+    SessionKey,
+    SessionLimit,
+    SessionRecord,
+    SessionUnknown,
+    Stream,
+)
+from .database import Database, translate
+from .errors import ConfigurationError
+from .fetcher import Fetcher
+from .finish import Finisher
+from .hub import Hub
+from .queries import Queries
+from .writer import MARGIN, Identity, Writer
+
+__all__ = ["Log"]
+
+_BIGINT: Final = 2**63
+_BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Log:
+    """`backend.EventLog` for one store. It holds no connection of its own."""
+
+    def __init__(
+        self,
+        database: Database,
+        queries: Queries,
+        identity: Identity,
+        writer: Writer,
+        fetcher: Fetcher,
+        finisher: Finisher,
+        hub: Hub,
+        channel_prefix: str,
+    ) -> None:
+        self._database = database
+        self._queries = queries
+        self._writer = writer
+        self._fetcher = fetcher
+        self._finisher = finisher
+        self._hub = hub
+        self._prefix = channel_prefix
+        self._identity = identity
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    async def open_session(
+        self,
+        key: SessionKey,
+        *,
+        initialize: str,
+        protocol_version: str,
+        request_id: str,
+        request_key: str,
+        limit: int | None,
+    ) -> OpenedSession:
+        """Record a session, its standalone stream and the stream of its `initialize`, in one transaction.
+
+        Raises:
+            SessionLimit: the server has `limit` live sessions.
+            DatabaseUnavailable: it could not be recorded, so the session does not exist.
+        """
+        parameters = _asking(key) | {
+            "initialize": initialize,
+            "protocol_version": protocol_version,
+            "request_id": request_id,
+            "request_key": request_key,
+            "me": self._identity.number,
+        }
+        try:
+            async with self._database.connection() as connection, connection.transaction():
+                if limit is not None:
+                    cursor = await connection.execute(
+                        self._queries.count_sessions,
+                        {"server": key.server, "idle": key.idle_timeout, "limit": limit},
+                    )
+                    row = await cursor.fetchone()
+                    if row is not None and row[1] >= limit:
+                        raise SessionLimit
+                cursor = await connection.execute(self._queries.open_session, parameters)
+                row = await cursor.fetchone()
+        except (psycopg.Error, OSError) as error:
+            raise translate(error) from error
+        assert row is not None
+        standalone, number, created_at = row
+        return OpenedSession(standalone, self._own(number, key.session_id, created_at))
+
+    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> None:
+        await self._database.fetch(
+            self._queries.renew_session,
+            {"session": session_id, "initialize": initialize, "protocol_version": protocol_version},
+        )
+
+    async def find_session(self, key: SessionKey) -> SessionRecord:
+        """What another worker needs to serve the session.
+
+        Raises:
+            SessionUnknown: it is none of the asker's, or none that lives.
+        """
+        rows = await self._database.fetch(self._queries.find_session, _asking(key))
+        if not rows:
+            raise SessionUnknown
+        record = _record(rows[0])
+        if record is None:
+            raise SessionUnknown
+        return record
+
+    async def record_log_level(self, session_id: str, level: str) -> None:
+        await self._database.fetch(self._queries.set_log_level, {"session": session_id, "level": level})
+
+    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> None:
+        # As JSON, since PostgreSQL's text takes no U+0000.
+        statement = self._queries.subscribe if subscribed else self._queries.unsubscribe
+        await self._database.fetch(statement, {"session": session_id, "uri": json.dumps(uri)})
+
+    async def end_session(self, key: SessionKey, reason: str) -> None:
+        """End a session everywhere: 404 from now on, finals for its calls, its owners and readers told.
+
+        Raises:
+            SessionUnknown: there is none to end.
+        """
+        if not await self._finisher.end_session(_asking(key) | {"reason": reason}):
+            raise SessionUnknown
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    async def open_stream(
+        self, key: SessionKey, *, request_id: str, request_key: str, method: str, restore: bool
+    ) -> Call:
+        """Open the stream of a request that has just arrived, with its reader here.
+
+        Raises:
+            SessionUnknown: no such session for this asker.
+            RequestInFlight: a request with this id is running in the session, on whichever worker.
+        """
+        rows = await self._database.fetch(
+            self._queries.open_stream,
+            _asking(key)
+            | {
+                "request_id": request_id,
+                "request_key": request_key,
+                "method": method.replace("\0", "")[:200],
+                "me": self._identity.number,
+                "restore": restore,
+            },
+        )
+        if not rows:
+            raise SessionUnknown
+        number, created_at, busy, busy_worker, busy_created_at, protocol_version, *record = rows[0]
+        if number is None:
+            if busy is None or busy_worker != self._identity.number or self._writer.owns(busy):
+                raise RequestInFlight
+            # This worker's, yet it knows nothing of it: the statement ran twice, since its first answer was lost.
+            number, created_at = busy, busy_created_at
+        stream = self._own(number, key.session_id, created_at)
+        restored = _record((record[0], protocol_version, *record[1:])) if restore else None
+        if protocol_version is None or (restore and restored is None):
+            raise SessionUnknown
+        return Call(stream, protocol_version, restored)
+
+    def _own(self, number: int, session_id: str, created_at: datetime) -> Stream:
+        stream = Stream(number, session_id, created_at)
+        self._writer.opened(stream)
+        return stream
+
+    async def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> int:
+        """See `Writer.append`."""
+        return await self._writer.append(stream, payload, final=final)
+
+    # --- readers ------------------------------------------------------------------------------------------------------
+
+    async def attach(self, key: SessionKey, stream: int | None, after: int | None, *, patience: float) -> Attachment:
+        """Become the newest reader of a stream, after a position that its client was given.
+
+        Raises:
+            SessionUnknown: no such session for this asker.
+            CursorRejected: `unknown` (also another session's), or `expired`.
+        """
+        if stream is not None and (stream >= _BIGINT or (after or 0) >= _BIGINT):
+            raise CursorRejected("unknown")
+        rows = await self._database.fetch(
+            self._queries.find_stream, _asking(key) | {"stream": stream, "after": after or 0}, patience=patience
+        )
+        if not rows:
+            raise SessionUnknown
+        protocol_version, number, standalone, floor, cursor, _, bound = rows[0]
+        if number is None:
+            raise CursorRejected("unknown")
+        position: int = max(cursor, floor) if after is None else after
+        bound -= MARGIN
+        rows = await self._database.fetch(
+            self._queries.attach,
+            {
+                "stream": number,
+                "after": position,
+                "bound": bound,
+                "me": self._identity.number,
+                "prefix": self._prefix,
+                "given": after is not None,
+            },
+            patience=patience,
+            prepare=False,
+        )
+        if not rows:
+            raise CursorRejected("unknown")
+        generation, _, floor, given_at, _ = rows[0]
+        if generation is None:
+            raise CursorRejected("expired" if position < floor else "unknown")
+        if given_at is not None:
+            bound = max(bound, given_at - MARGIN)
+        return Attachment(number, generation, position, bound, standalone, protocol_version or "")
+
+    async def detach(self, stream: int, generation: int, position: int) -> None:
+        """The reader of this generation is gone; `position` is the last number it was handed."""
+        await self._database.fetch(
+            self._queries.detach, {"stream": stream, "generation": generation, "position": position}
+        )
+
+    async def close_reader(self, stream: int) -> None:
+        """End the response that reads `stream` on another worker; nothing when nobody reads it."""
+        await self._database.fetch(
+            self._queries.close_reader, {"stream": stream, "me": self._identity.number, "prefix": self._prefix}
+        )
+
+    async def read(self, stream: int, after: int, bound: datetime) -> Page:
+        """See `Fetcher.read`."""
+        return await self._fetcher.read(stream, after, bound)
+
+    def bound_of(self, stream: Stream) -> datetime:
+        """The lower bound on the creation of a stream's first event."""
+        return _BEGINNING if stream.created_at is None else stream.created_at - MARGIN
+
+    def bound_after(self, event: Event) -> datetime:
+        """The lower bound on the creation of what follows `event`."""
+        return event.created_at - MARGIN
+
+    # --- streams by name ----------------------------------------------------------------------------------------------
+
+    async def named_stream(self, session_id: str, name: str, key: str, *, adopt: bool) -> tuple[Stream, int]:
+        """The open stream of a name in a session, made where there is none, and its last number."""
+        if "\0" in session_id or not session_id:
+            raise ConfigurationError("A session id has at least one character and no NUL")
+        if adopt:
+            await self._database.fetch(self._queries.adopt_session, {"session": session_id, "server": ""})
+        rows: list[TupleRow] = []
+        while not rows:
+            rows = await self._database.fetch(
+                self._queries.named_stream, {"session": session_id, "request_id": name, "request_key": key}
+            )
+        number, last_seq, created_at = rows[0]
+        return Stream(number, session_id, created_at, shared=True), last_seq
+
+    # --- to the owner of a call ---------------------------------------------------------------------------------------
+
+    async def call_owner(self, session_id: str, request_key: str) -> int | None:
+        """The worker that runs a request of the session, None when none does."""
+        rows = await self._database.fetch(self._queries.call_owner, {"session": session_id, "request_key": request_key})
+        return rows[0][0] if rows else None
+
+    async def session_workers(self, session_id: str) -> list[int]:
+        """The workers that run something for the session."""
+        rows = await self._database.fetch(self._queries.session_workers, {"session": session_id})
+        return [worker for (worker,) in rows]
+
+    async def post(self, workers: list[int], session_id: str, payload: str) -> int:
+        """Put a message into the workers' inboxes, durably, and announce it; how many of them live."""
+        rows = await self._database.fetch(
+            self._queries.post,
+            {"workers": Int8Array(workers), "session": session_id, "payload": payload, "prefix": self._prefix},
+        )
+        return len(rows)
+
+
+def _asking(key: SessionKey) -> dict[str, Any]:
+    return {
+        "session": key.session_id,
+        "server": key.server,
+        "owner": key.owner,
+        "idle": key.idle_timeout,
+        "touch": min(30.0, key.idle_timeout / 8) if key.idle_timeout else 30.0,
+    }
+
+
+def _record(row: TupleRow) -> SessionRecord | None:
+    initialize, protocol_version, log_level, subscriptions, standalone = row
+    if initialize is None or protocol_version is None or standalone is None:
+        return None
+    return SessionRecord(
+        initialize, protocol_version, log_level, [json.loads(uri) for uri in subscriptions], standalone
+    )

@@ -1,0 +1,509 @@
+"""Every statement of the hot path, named and described, for one schema.
+
+`Queries("mcp_events").append` is bytes, ready for psycopg, with the schema's name quoted in. Names of parameters are
+the same everywhere: `me` is this worker's number, `epoch` its fence, `session`, `server` and `owner` say who asks for
+what, `bound` is the lower bound on `created_at` that keeps a read off the partitions that it does not need.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .schema import quote_schema
+
+__all__ = ["Queries"]
+
+_STATEMENTS: Final[dict[str, str]] = {}
+
+
+def _statement(name: str, text: str) -> str:
+    _STATEMENTS[name] = text
+    return name
+
+
+# --- start-up -------------------------------------------------------------------------------------------------------
+
+_statement(
+    "revisions",
+    # What the database is, what it serves, and the key that channels and locks carry (both are database-wide).
+    """
+    SELECT (SELECT version_num FROM {s}.alembic_version), (SELECT oldest_worker FROM {s}.settings),
+           to_regnamespace(%(schema)s)::oid::bigint, pg_is_in_recovery()
+    """,
+)
+_statement(
+    "register_worker",
+    "INSERT INTO {s}.workers (host, pid, revision) VALUES (%(host)s, %(pid)s, %(revision)s) RETURNING number",
+)
+_statement("ensure_partitions", "SELECT {s}.ensure_partitions(%(ahead)s)")
+_statement(
+    "lock_worker",
+    # A worker's life. Two int4 keys: the schema's oid, so that two schemas in one database do not meet, and the number.
+    "SELECT pg_advisory_lock(%(oid)s::bigint::bit(32)::int, (%(me)s::bigint %% 2147483648)::int)",
+)
+_statement("ping", "SELECT pg_notify(%(channel)s, %(payload)s)")
+
+# --- sessions -------------------------------------------------------------------------------------------------------
+
+_statement(
+    "count_sessions",
+    # Live sessions of one server, counted no further than its limit. The lock makes count and insert one step.
+    """
+    SELECT pg_advisory_xact_lock(hashtextextended('mcp_pg_events.max_sessions.' || %(server)s, 0)),
+           (SELECT count(*) FROM (
+               SELECT FROM {s}.sessions WHERE server = %(server)s AND ended_at IS NULL
+                  AND (%(idle)s::float8 IS NULL OR seen_at > now() - make_interval(secs => %(idle)s::float8))
+               LIMIT %(limit)s) live)
+    """,
+)
+_statement(
+    "open_session",
+    # A session is restorable before its id is handed out: its row, its standalone stream and the stream of `initialize`
+    # become visible together. Gives (standalone stream, initialize's stream, its creation).
+    """
+    WITH session AS (
+        INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version)
+        VALUES (%(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s)
+    ), standalone AS (
+        INSERT INTO {s}.streams (session_id) VALUES (%(session)s) RETURNING number
+    ), call AS (
+        INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
+        VALUES (%(session)s, %(request_id)s, %(request_key)s, 'initialize', %(me)s, %(me)s, 1)
+        RETURNING number, created_at
+    )
+    SELECT standalone.number, call.number, call.created_at FROM standalone, call
+    """,
+)
+_statement(
+    "renew_session",
+    # A second `initialize` on a live session.
+    """
+    UPDATE {s}.sessions SET initialize = %(initialize)s, protocol_version = %(protocol_version)s
+     WHERE id = %(session)s AND ended_at IS NULL
+    """,
+)
+_LIVE = """
+    id = %(session)s AND server = %(server)s AND owner IS NOT DISTINCT FROM %(owner)s AND ended_at IS NULL
+    AND (%(idle)s::float8 IS NULL OR seen_at > now() - make_interval(secs => %(idle)s::float8))
+"""
+_statement(
+    "find_session",
+    # One row where the session lives and is the asker's; foreign, ended and unknown give none alike.
+    """
+    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    + _LIVE
+    + """), touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    )
+    SELECT initialize, protocol_version, log_level, subscriptions,
+           (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL) FROM session
+    """,
+)
+_statement(
+    "open_stream",
+    # A request arrives: is its session alive and the asker's, and its id free? Then its stream is open, its reader is
+    # here. The key-share lock makes it wait for a DELETE of the session, or the DELETE for it. Of a stream that is in
+    # the way the row tells whose it is: after a commit of unknown outcome it may be the asker's own.
+    """
+    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    + _LIVE
+    + """ FOR KEY SHARE), touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    ), opened AS (
+        INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
+        SELECT id, %(request_id)s, %(request_key)s, %(method)s, %(me)s, %(me)s, 1 FROM session
+        ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
+        RETURNING number, created_at
+    )
+    SELECT opened.number, opened.created_at, busy.number, busy.worker, busy.created_at, session.protocol_version,
+           CASE WHEN %(restore)s THEN session.initialize END,
+           CASE WHEN %(restore)s THEN session.log_level END,
+           CASE WHEN %(restore)s THEN session.subscriptions END,
+           CASE WHEN %(restore)s THEN
+               (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL) END
+      FROM session LEFT JOIN opened ON true
+      LEFT JOIN {s}.streams busy ON opened.number IS NULL AND busy.session_id = session.id
+           AND busy.request_key = %(request_key)s AND busy.final_seq IS NULL
+    """,
+)
+_statement("set_log_level", "UPDATE {s}.sessions SET log_level = %(level)s WHERE id = %(session)s AND ended_at IS NULL")
+_statement(
+    "subscribe",
+    """
+    UPDATE {s}.sessions SET subscriptions = array_append(array_remove(subscriptions, %(uri)s::text), %(uri)s::text)
+     WHERE id = %(session)s AND ended_at IS NULL
+    """,
+)
+_statement(
+    "unsubscribe",
+    """
+    UPDATE {s}.sessions SET subscriptions = array_remove(subscriptions, %(uri)s::text)
+     WHERE id = %(session)s AND ended_at IS NULL
+    """,
+)
+_statement(
+    "touch_sessions",
+    # Sessions with a running call or an attached reader on this worker. A dead worker's stop being stamped.
+    "UPDATE {s}.sessions SET seen_at = now() WHERE id = ANY(%(sessions)b::text[]) AND ended_at IS NULL",
+)
+_statement(
+    "idle_sessions",
+    """
+    SELECT id FROM {s}.sessions
+     WHERE server = %(server)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
+     ORDER BY seen_at LIMIT 100
+    """,
+)
+
+# --- ending: DELETE, idle time-out, a dead worker's calls -------------------------------------------------------------
+
+_statement(
+    "end_session",
+    """
+    UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s
+     WHERE """
+    + _LIVE
+    + """ RETURNING id
+    """,
+)
+_statement(
+    "expire_session",
+    # As above for the idle time-out, which asks no owner: the row must still be idle when it is locked.
+    """
+    UPDATE {s}.sessions SET ended_at = now(), ended_reason = 'idle'
+     WHERE id = %(session)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
+    RETURNING id
+    """,
+)
+_statement(
+    "open_streams",
+    # Who runs and who reads what a session has open. Read after the session's row is locked.
+    """
+    SELECT number, worker, reader_worker, request_key IS NOT NULL, created_at FROM {s}.streams
+     WHERE session_id = %(session)s AND final_seq IS NULL ORDER BY number
+    """,
+)
+_statement(
+    "worker_streams",
+    """
+    SELECT number, worker, reader_worker, true, created_at FROM {s}.streams
+     WHERE worker = %(worker)s AND final_seq IS NULL ORDER BY number
+    """,
+)
+_statement(
+    "lock_workers",
+    # FOR UPDATE waits for the append that is under way, whose statement holds FOR KEY SHARE; the epoch, which the
+    # append's own condition names, then refuses the appends that were waiting here and have an older snapshot.
+    "SELECT number FROM {s}.workers WHERE number = ANY(%(workers)b::bigint[]) ORDER BY number FOR UPDATE",
+)
+_statement(
+    "fence_workers",
+    "UPDATE {s}.workers SET epoch = epoch + 1 WHERE number = ANY(%(workers)b::bigint[])",
+)
+_statement(
+    "finish_streams",
+    # One error final for each open call of a list, after what its worker has stored. Run it with the owners locked.
+    """
+    WITH open AS (
+        SELECT number, request_id, floor FROM {s}.streams
+         WHERE number = ANY(%(streams)b::bigint[]) AND final_seq IS NULL AND request_key IS NOT NULL
+         ORDER BY number FOR UPDATE
+    ), last AS (
+        SELECT open.number, open.request_id,
+               greatest(open.floor, coalesce((SELECT max(seq) FROM {s}.events
+                   WHERE stream = open.number AND created_at >= %(bound)s), 0)) + 1 AS seq
+          FROM open
+    ), written AS (
+        INSERT INTO {s}.events (stream, seq, payload)
+        SELECT number, seq, '{{"jsonrpc":"2.0","id":' || request_id || ',"error":' || %(error)s || '}}' FROM last
+    )
+    UPDATE {s}.streams t SET final_seq = last.seq FROM last WHERE t.number = last.number RETURNING t.number
+    """,
+)
+_statement(
+    "close_standalone",
+    # Nothing can follow in a session that ended; the standalone stream has no response, so its end is its last number.
+    """
+    UPDATE {s}.streams SET final_seq = greatest(last_seq, floor)
+     WHERE session_id = %(session)s AND request_key IS NULL AND final_seq IS NULL RETURNING number
+    """,
+)
+
+# --- the log: append, wake, read --------------------------------------------------------------------------------------
+
+_FENCE = """
+    fence AS (
+        SELECT number FROM {s}.workers
+         WHERE number = %(me)s AND ended_at IS NULL AND epoch = %(epoch)s FOR KEY SHARE
+    )"""
+_statement(
+    "append",
+    # A batch of events whose numbers their worker gave, and the ends of the streams that end with it, in one commit.
+    # No row back: somebody wrote into this worker's streams, or declared it dead.
+    "WITH "
+    + _FENCE
+    + """, stored AS (
+        INSERT INTO {s}.events (stream, seq, payload)
+        SELECT e.stream, e.seq, e.payload
+          FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[]) e(stream, seq, payload)
+    ), ended AS (
+        UPDATE {s}.streams t SET final_seq = f.seq
+          FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
+         WHERE t.number = f.stream
+    )
+    SELECT now() FROM fence
+    """,
+)
+_statement(
+    "append_shared",
+    # The same for streams that several workers write to: the number comes from the stream's row, locked in order, so
+    # that commit order is number order. The mark lets a resume start at a recent partition. `origin` names the batch,
+    # so that a writer whose commit's outcome is unknown can ask for it.
+    "WITH "
+    + _FENCE
+    + """, entries AS (
+        SELECT e.*, row_number() OVER (PARTITION BY e.stream ORDER BY e.place) AS nth
+          FROM unnest(%(streams)b::bigint[], %(payloads)b::text[], %(finals)b::bigint[])
+               WITH ORDINALITY e(stream, payload, final, place)
+    ), locked AS (
+        SELECT t.number FROM fence, {s}.streams t
+         WHERE t.number = ANY(%(streams)b::bigint[]) AND t.final_seq IS NULL ORDER BY t.number FOR UPDATE OF t
+    ), numbered AS (
+        UPDATE {s}.streams t
+           SET last_seq = greatest(t.last_seq, t.floor) + n.count,
+               final_seq = CASE WHEN n.final THEN greatest(t.last_seq, t.floor) + n.count END,
+               mark_seq = CASE WHEN t.mark_at < now() - interval '1 hour'
+                               THEN greatest(t.last_seq, t.floor) ELSE t.mark_seq END,
+               mark_at = CASE WHEN t.mark_at < now() - interval '1 hour' THEN now() ELSE t.mark_at END
+          FROM (SELECT stream, count(*) AS count, bool_or(final = 1) AS final FROM entries GROUP BY stream) n, locked
+         WHERE t.number = n.stream AND locked.number = t.number
+        RETURNING t.number, t.last_seq - n.count AS base
+    ), stored AS (
+        INSERT INTO {s}.events (stream, seq, payload, origin)
+        SELECT e.stream, numbered.base + e.nth, e.payload, %(origin)s
+          FROM entries e JOIN numbered ON numbered.number = e.stream
+    )
+    SELECT e.place, numbered.base + e.nth, now()
+      FROM fence JOIN entries e ON true LEFT JOIN numbered ON numbered.number = e.stream
+    """,
+)
+_statement("lock_self", "SELECT epoch FROM {s}.workers WHERE number = %(me)s AND ended_at IS NULL FOR UPDATE")
+_statement("own_epoch", "SELECT epoch FROM {s}.workers WHERE number = %(me)s AND ended_at IS NULL")
+_statement(
+    "was_appended",
+    "SELECT EXISTS (SELECT FROM {s}.events WHERE stream = %(stream)s AND seq = %(seq)s AND created_at >= %(bound)s)",
+)
+_statement(
+    "was_appended_shared",
+    """
+    SELECT stream, seq, created_at FROM {s}.events
+     WHERE stream = ANY(%(streams)b::bigint[]) AND created_at >= %(bound)s AND origin = %(origin)s ORDER BY stream, seq
+    """,
+)
+_statement(
+    "finished_streams",
+    "SELECT number FROM {s}.streams WHERE number = ANY(%(streams)b::bigint[]) AND final_seq IS NOT NULL",
+)
+_statement(
+    "wake",
+    # After the commit, in a statement of its own: who reads elsewhere? Nobody, in the common case, and then nothing is
+    # sent. 300 keys stay below the 8000 bytes of a notification. Reader's worker -1 never is.
+    """
+    WITH remote AS (
+        SELECT reader_worker, number,
+               row_number() OVER (PARTITION BY reader_worker ORDER BY number) / 300 AS part
+          FROM {s}.streams
+         WHERE number = ANY(%(streams)b::bigint[]) AND reader_worker IS NOT NULL AND reader_worker <> %(me)s
+    )
+    SELECT count(pg_notify(%(prefix)s::text || reader_worker, keys))
+      FROM (SELECT reader_worker, 's' || string_agg(number::text, ',') AS keys
+              FROM remote GROUP BY reader_worker, part) n
+    """,
+)
+_statement(
+    "read",
+    # What follows in each of several streams, up to `limit` events and `page` bytes of each, with what a reader must
+    # know of the stream itself. One scalar bound for all, the least of theirs: never prepared, so that it prunes when
+    # planning.
+    """
+    SELECT w.stream, t.final_seq, t.reader_generation, t.floor, e.seq, e.created_at, e.payload, now()
+      FROM unnest(%(streams)b::bigint[], %(after)b::bigint[]) w(stream, after)
+      JOIN {s}.streams t ON t.number = w.stream
+      LEFT JOIN LATERAL (
+          SELECT seq, created_at, payload,
+                 sum(octet_length(payload)) OVER (ORDER BY seq) - octet_length(payload) AS before
+            FROM (SELECT seq, created_at, payload FROM {s}.events
+                   WHERE stream = w.stream AND seq > w.after AND created_at >= %(bound)s
+                   ORDER BY seq LIMIT %(limit)s) page
+      ) e ON e.before < %(page)s
+     ORDER BY w.stream, e.seq
+    """,
+)
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+_statement(
+    "find_stream",
+    # A stream by its number, or the standalone one where none is given, inside a live session of the asker's.
+    """
+    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    + _LIVE
+    + """), touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    )
+    SELECT session.protocol_version, t.number, t.request_key IS NULL, t.floor, t.cursor, t.final_seq,
+           CASE WHEN t.mark_seq <= %(after)s THEN greatest(t.created_at, t.mark_at) ELSE t.created_at END
+      FROM session LEFT JOIN {s}.streams t ON t.session_id = session.id
+           AND (t.number = %(stream)s::bigint OR %(stream)s::bigint IS NULL AND t.request_key IS NULL)
+    """,
+)
+_statement(
+    "attach",
+    # The newest reader wins, if its cursor is one that was given out; the older one, if it sits elsewhere, is told.
+    """
+    WITH given AS (
+        SELECT created_at FROM {s}.events
+         WHERE stream = %(stream)s AND seq = %(after)s AND created_at >= %(bound)s
+    ), previous AS (
+        SELECT reader_worker, floor FROM {s}.streams WHERE number = %(stream)s FOR UPDATE
+    ), attached AS (
+        UPDATE {s}.streams t SET reader_worker = %(me)s, reader_generation = reader_generation + 1
+          FROM previous
+         WHERE t.number = %(stream)s AND (NOT %(given)s OR %(after)s = previous.floor OR EXISTS (SELECT FROM given))
+        RETURNING t.reader_generation, t.final_seq
+    )
+    SELECT attached.reader_generation, attached.final_seq, previous.floor, (SELECT max(created_at) FROM given),
+           CASE WHEN previous.reader_worker <> %(me)s AND attached.reader_generation IS NOT NULL
+                THEN pg_notify(%(prefix)s::text || previous.reader_worker,
+                               'k' || %(stream)s || ':' || attached.reader_generation) END
+      FROM previous LEFT JOIN attached ON true
+    """,
+)
+_statement(
+    "detach",
+    # The reader went. What was handed to it is remembered for a client that comes back to the standalone stream with no
+    # id.
+    """
+    UPDATE {s}.streams SET reader_worker = NULL, cursor = greatest(cursor, %(position)s)
+     WHERE number = %(stream)s AND reader_generation = %(generation)s
+    """,
+)
+
+_statement(
+    "close_reader",
+    """
+    SELECT pg_notify(%(prefix)s::text || reader_worker, 'c' || number) FROM {s}.streams
+     WHERE number = %(stream)s AND reader_worker IS NOT NULL
+    """,
+)
+
+# --- streams by name: the SDK's EventStore for one session ------------------------------------------------------------
+
+_statement(
+    "adopt_session",
+    """
+    INSERT INTO {s}.sessions (id, server) VALUES (%(session)s, %(server)s) ON CONFLICT (id) DO NOTHING
+    """,
+)
+_statement(
+    "named_stream",
+    # The open stream of a name, made at its first event. Two workers may meet here: the index lets one of them win.
+    """
+    WITH made AS (
+        INSERT INTO {s}.streams (session_id, request_id, request_key)
+        VALUES (%(session)s, %(request_id)s, %(request_key)s)
+        ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
+        RETURNING number, last_seq, created_at
+    )
+    SELECT number, last_seq, created_at FROM made UNION ALL
+    SELECT number, last_seq, created_at FROM {s}.streams
+     WHERE session_id = %(session)s AND request_key = %(request_key)s AND final_seq IS NULL
+    """,
+)
+
+# --- to the owner of a call -------------------------------------------------------------------------------------------
+
+_statement(
+    "call_owner",
+    # Who runs the request that a cancellation names.
+    """
+    SELECT worker FROM {s}.streams
+     WHERE session_id = %(session)s AND request_key = %(request_key)s AND final_seq IS NULL
+    """,
+)
+_statement(
+    "session_workers",
+    """
+    SELECT DISTINCT worker FROM {s}.streams
+     WHERE session_id = %(session)s AND final_seq IS NULL AND worker IS NOT NULL
+    """,
+)
+_statement(
+    "post",
+    # A message on its way to the worker that it concerns; durable, then announced, before the client's 202.
+    """
+    WITH letter AS (
+        INSERT INTO {s}.inbox (worker, session_id, payload)
+        SELECT number, %(session)s, %(payload)s FROM {s}.workers
+         WHERE number = ANY(%(workers)b::bigint[]) AND ended_at IS NULL
+        RETURNING worker
+    )
+    SELECT worker, pg_notify(%(prefix)s::text || worker, 'i') FROM letter
+    """,
+)
+_statement(
+    "collect",
+    """
+    WITH taken AS (DELETE FROM {s}.inbox WHERE worker = %(me)s RETURNING id, session_id, payload)
+    SELECT session_id, payload FROM taken ORDER BY id
+    """,
+)
+_statement("notify", "SELECT pg_notify(%(prefix)s::text || w, %(payload)s) FROM unnest(%(workers)b::bigint[]) w")
+
+# --- life and death of workers ----------------------------------------------------------------------------------------
+
+_statement(
+    "stamp", "UPDATE {s}.workers SET seen_at = now() WHERE number = %(me)s AND ended_at IS NULL RETURNING number"
+)
+_statement(
+    "suspects",
+    # Workers that look dead: no lock and no stamp for the grace, or a lock and no stamp for very long.
+    """
+    SELECT w.number FROM {s}.workers w
+     WHERE w.ended_at IS NULL AND w.number <> %(me)s
+       AND w.seen_at < now() - make_interval(secs => CASE WHEN EXISTS (
+               SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted
+                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND l.classid::bigint = %(schema_oid)s AND l.objid::bigint = w.number %% 2147483648 AND l.objsubid =
+                  2)
+           THEN %(unresponsive)s ELSE %(grace)s END::float8)
+     ORDER BY w.number
+    """,
+)
+_statement(
+    "end_worker",
+    """
+    UPDATE {s}.workers SET ended_at = now(), ended_reason = %(reason)s, epoch = epoch + 1
+     WHERE number = %(worker)s AND ended_at IS NULL RETURNING number
+    """,
+)
+_statement(
+    "forget_readers",
+    "UPDATE {s}.streams SET reader_worker = NULL WHERE reader_worker = %(worker)s AND final_seq IS NULL",
+)
+
+
+class Queries:
+    """The statements above for one schema, as bytes. An unknown name raises AttributeError."""
+
+    def __init__(self, schema: str) -> None:
+        quoted = quote_schema(schema).replace("%", "%%")
+        for name, text in _STATEMENTS.items():
+            setattr(self, name, f"/* mcp_pg_events:{name} */{text.format(s=quoted)}".encode())
+
+    def __getattr__(self, name: str) -> bytes:
+        # Only reached for a name that `__init__` did not set.
+        raise AttributeError(f"no statement is called {name!r}")

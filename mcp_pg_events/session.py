@@ -1,0 +1,413 @@
+"""One MCP session on this worker: the SDK's dispatcher and connection, between the HTTP side and the log.
+
+The session's own object is the dispatcher's write stream: a message that the server sends is appended in the task of
+whoever sends it, so no router stands in between that could die. Ids of requests to the client get the worker's number
+on their way out and lose it on their way in, since every worker's dispatcher counts from 1. Next: `log.append`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final
+
+import anyio
+import pydantic_core
+from mcp.server import Server
+from mcp.server.connection import Connection
+from mcp.server.runner import serve_connection
+from mcp.shared.dispatcher import coerce_request_id
+from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
+from mcp.shared.message import ServerMessageMetadata, SessionMessage
+from mcp.shared.transport_context import TransportContext
+from mcp_types import (
+    INTERNAL_ERROR,
+    ErrorData,
+    InitializeRequestParams,
+    JSONRPCError,
+    JSONRPCMessage,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+)
+from mcp_types.version import is_version_at_least
+from starlette.requests import Request
+
+from .backend import EventLog, SessionRecord, Stream
+from .errors import AppendRefused, Error
+from .hub import Hub
+
+__all__ = ["REQUEST_CANCELLED", "Session", "parse_wire_id", "request_key"]
+
+logger = logging.getLogger(__name__)
+
+REQUEST_CANCELLED: Final = -32800
+"""The error of a request that settled unanswered, as the SDK's own transport gives it (and the language server
+protocol)."""
+
+RESUMABLE_SINCE: Final = "2025-11-25"
+"""The protocol version from which clients know priming events and polling (SEP-1699)."""
+
+RESTORE_TIMEOUT: Final = 5.0
+
+_WIRE_ID: Final = re.compile(r"w([0-9]+)\.([0-9]+)\.(.*)", re.ASCII | re.DOTALL)
+_incarnations = itertools.count(1)
+
+
+def request_key(request_id: RequestId) -> str:
+    """The key under which two ids are one: the SDK takes `"12"`, 12 and `"1_2"` for the same request."""
+    coerced = coerce_request_id(request_id)
+    if isinstance(coerced, int) and coerced.bit_length() < 500:
+        return f"i{coerced}"
+    # Of bounded length and without U+0000, whatever the client's id is like.
+    return "s" + hashlib.sha256(str(coerced).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def parse_wire_id(request_id: RequestId | None) -> tuple[int, int, str] | None:
+    """Worker, session object and id of a request that a server sent; None when it is none of ours."""
+    match = _WIRE_ID.fullmatch(request_id) if isinstance(request_id, str) else None
+    return (int(match[1]), int(match[2]), match[3]) if match else None
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A request in progress. Without a stream its messages are kept, until `initialize` has made one, or dropped."""
+
+    request: JSONRPCRequest
+    stream: Stream | None
+    kept: list[JSONRPCMessage] = field(default_factory=list)
+    answered: anyio.Event = field(default_factory=anyio.Event)
+
+
+class Session:
+    """A session's loop here; `json_response` leaves a call no room for anything but its answer."""
+
+    def __init__(
+        self,
+        server: Server[Any],
+        lifespan_state: Any,
+        log: EventLog,
+        hub: Hub,
+        *,
+        session_id: str,
+        worker: Callable[[], int],
+        json_response: bool,
+        on_over: Callable[[Session], None],
+    ) -> None:
+        self.session_id = session_id
+        self.incarnation = next(_incarnations)
+        self.standalone: Stream | None = None
+        self.last_used = 0.0
+        self._server = server
+        self._lifespan_state = lifespan_state
+        self._log = log
+        self._hub = hub
+        self._worker = worker
+        self._json_response = json_response
+        self._on_over = on_over
+        self._inlet = _Inlet()
+        self._calls: dict[RequestId, _Call] = {}
+        self._over = False
+        self._scope = anyio.CancelScope()
+        self._dispatcher: JSONRPCDispatcher[TransportContext] = JSONRPCDispatcher(
+            self._inlet, self, inline_methods=frozenset({"initialize"})
+        )
+        self.connection = Connection.for_loop(self._dispatcher, session_id=session_id)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until the session ends here."""
+        try:
+            with self._scope:
+                await serve_connection(
+                    self._server, self._dispatcher, connection=self.connection, lifespan_state=self._lifespan_state
+                )
+        except Exception:
+            logger.exception("Session %s crashed on this worker", self.session_id)
+        finally:
+            self._over = True
+            for call in self._calls.values():
+                call.answered.set()
+            self._on_over(self)
+
+    def end(self) -> None:
+        """Cancel what runs here. Finals are somebody else's by then."""
+        self._over = True
+        self._scope.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs here."""
+        return bool(self._calls)
+
+    def restore(self, record: SessionRecord) -> None:
+        """Stand where `initialize` on another worker left the session."""
+        self.connection.client_params = InitializeRequestParams.model_validate_json(record.initialize, by_name=False)
+        self.connection.protocol_version = record.protocol_version
+        self.connection.initialized.set()
+        self.standalone = Stream(record.standalone, self.session_id, shared=True)
+
+    async def replay(self, record: SessionRecord, request: Request) -> None:
+        """Give the handlers what the client had told the session: log level and subscriptions; their answers are
+        dropped."""
+        replayed = [("resources/subscribe", {"uri": uri}) for uri in record.subscriptions]
+        if record.log_level is not None:
+            replayed.insert(0, ("logging/setLevel", {"level": record.log_level}))
+        calls = []
+        for number, (method, params) in enumerate(replayed):
+            message = JSONRPCRequest(jsonrpc="2.0", id=f"mcp_pg_events.replay-{number}", method=method, params=params)
+            calls.append(_Call(message, None))
+            self._calls[message.id] = calls[-1]
+            self._feed(message, ServerMessageMetadata(request_context=request, can_send_request=False))
+        with anyio.move_on_after(RESTORE_TIMEOUT):
+            for call in calls:
+                await call.answered.wait()
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    async def initialize(self, message: JSONRPCRequest, request: Request) -> list[JSONRPCMessage]:
+        """Run a session's first request. What it answered (the last one) and sent before, none of it stored yet."""
+        call = self._calls[coerce_request_id(message.id)] = _Call(message, None)
+        self._feed(message, self._metadata(request, call))
+        await call.answered.wait()
+        return call.kept
+
+    def start(self, message: JSONRPCRequest, stream: Stream, request: Request) -> None:
+        """Run a request whose stream is open. It goes on whatever becomes of the HTTP request."""
+        call = self._calls[coerce_request_id(message.id)] = _Call(message, stream)
+        stream.on_ended = lambda: self._cancel(call)
+        self._feed(message, self._metadata(request, call))
+
+    def deliver(self, message: JSONRPCMessage, request: Request | None) -> None:
+        """A client's notification, or its answer to a request of ours that names this session object."""
+        message = self._incoming(message)
+        self._feed(message, ServerMessageMetadata(request_context=request, can_send_request=False))
+
+    def _incoming(self, message: JSONRPCMessage) -> JSONRPCMessage:
+        match message:
+            case JSONRPCResponse() | JSONRPCError():
+                if (named := parse_wire_id(message.id)) is not None:
+                    return message.model_copy(update={"id": named[2]})
+            case JSONRPCNotification(method="notifications/progress", params=dict() as params):
+                if (named := parse_wire_id(params.get("progressToken"))) is not None:
+                    return message.model_copy(update={"params": params | {"progressToken": named[2]}})
+        return message
+
+    def _feed(self, message: JSONRPCMessage, metadata: ServerMessageMetadata) -> None:
+        if self._over:
+            return
+        self._inlet.put(SessionMessage(message, metadata))
+
+    def _metadata(self, request: Request, call: _Call) -> ServerMessageMetadata:
+        async def unanswered() -> None:
+            error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+            await self.send(SessionMessage(JSONRPCError(jsonrpc="2.0", id=call.request.id, error=error)))
+
+        async def close_stream() -> None:
+            if call.stream is not None:
+                await self._close_reader(call.stream)
+
+        async def close_standalone() -> None:
+            if self.standalone is not None:
+                await self._close_reader(self.standalone)
+
+        polls = is_version_at_least(self.connection.protocol_version, RESUMABLE_SINCE) and not self._json_response
+        return ServerMessageMetadata(
+            request_context=request,
+            close_sse_stream=close_stream if polls else None,
+            close_standalone_sse_stream=close_standalone if polls else None,
+            on_request_unanswered=unanswered,
+            can_send_request=not self._json_response,
+        )
+
+    async def _close_reader(self, stream: Stream) -> None:
+        if not self._hub.end_stream(stream.number, "closed"):
+            try:
+                await self._log.close_reader(stream.number)
+            except Error as error:
+                logger.warning("A client's connection could not be closed: %s", error)
+
+    def _cancel(self, call: _Call) -> None:
+        """Somebody else wrote the call's final. Its handler is told as by a client's cancellation."""
+        key = coerce_request_id(call.request.id)
+        if self._calls.get(key) is not call:
+            return
+        del self._calls[key]
+        params = {"requestId": call.request.id, "reason": "the request has ended"}
+        self._feed(
+            JSONRPCNotification(jsonrpc="2.0", method="notifications/cancelled", params=params),
+            ServerMessageMetadata(can_send_request=False),
+        )
+
+    # --- out: the dispatcher's write stream ---------------------------------------------------------------------------
+
+    async def send(self, item: SessionMessage) -> None:
+        """Store one message that the server sends, and return once it is committed.
+
+        Raises:
+            anyio.ClosedResourceError: the session has ended here; the dispatcher drops what it was sending.
+        """
+        message = item.message
+        if isinstance(message, JSONRPCResponse | JSONRPCError):
+            await self._answer(message)
+            return
+        if self._over:
+            raise anyio.ClosedResourceError
+        related = item.metadata.related_request_id if isinstance(item.metadata, ServerMessageMetadata) else None
+        message = self._outgoing(message)
+        if related is None:
+            if self.standalone is None:
+                logger.debug("Dropped %s: the session has no standalone stream yet", message.method)
+                return
+            await self._append(self.standalone, _encode(message))
+            return
+        call = self._calls.get(coerce_request_id(related))
+        if call is None or self._json_response:
+            logger.debug("Dropped %s: its request has no stream to carry it", message.method)
+        elif call.stream is None:
+            call.kept.append(message)
+        else:
+            await self._append(call.stream, _encode(message))
+
+    async def _answer(self, message: JSONRPCResponse | JSONRPCError) -> None:
+        call = self._calls.get(coerce_request_id(message.id)) if message.id is not None else None
+        if call is None:
+            logger.debug("Dropped an answer: its request has ended")
+            return
+        if call.stream is None:
+            del self._calls[coerce_request_id(call.request.id)]
+            call.kept.append(message)
+            call.answered.set()
+            return
+        if isinstance(message, JSONRPCResponse):
+            await self._record(call.request, message)
+        try:
+            payload = _encode(message)
+        except ValueError as error:
+            # A lone surrogate, say: no UTF-8 and so no JSON can carry it.
+            data = ErrorData(code=INTERNAL_ERROR, message=f"The result cannot be encoded as JSON: {error}")
+            payload = _encode(JSONRPCError(jsonrpc="2.0", id=call.request.id, error=data))
+        # Gone before the final is visible: the id may be used again from then on, and on this worker at once.
+        if self._calls.get(coerce_request_id(call.request.id)) is call:
+            del self._calls[coerce_request_id(call.request.id)]
+        await self._append(call.stream, payload, final=True)
+
+    async def _append(self, stream: Stream, payload: bytes, *, final: bool = False) -> None:
+        try:
+            await self._log.append(stream, payload, final=final)
+        except AppendRefused as error:
+            logger.debug("Not stored in stream %d: %s", stream.number, error)
+        except Error as error:
+            if not self._over:
+                logger.error("Session %s ends on this worker: %s", self.session_id, error)
+            self.end()
+            raise anyio.ClosedResourceError from error
+
+    async def _record(self, request: JSONRPCRequest, response: JSONRPCResponse) -> None:
+        """What the session has to remember of a request that succeeded, before its client knows that it did."""
+        params = request.params or {}
+        try:
+            match request.method:
+                case "initialize":
+                    await self._log.renew_session(
+                        self.session_id, json.dumps(params), str(response.result["protocolVersion"])
+                    )
+                case "logging/setLevel":
+                    await self._log.record_log_level(self.session_id, str(params.get("level")))
+                case "resources/subscribe" | "resources/unsubscribe" as method:
+                    subscribed = method == "resources/subscribe"
+                    await self._log.record_subscription(self.session_id, str(params.get("uri")), subscribed)
+        except Error as error:
+            logger.warning("Session %s could not record %s: %s", self.session_id, request.method, error)
+
+    def _outgoing(self, message: JSONRPCRequest | JSONRPCNotification) -> JSONRPCRequest | JSONRPCNotification:
+        params = message.params
+        match message:
+            case JSONRPCRequest():
+                wire_id = self._wire_id(message.id)
+                if params and isinstance(meta := params.get("_meta"), dict) and meta.get("progressToken") == message.id:
+                    params = params | {"_meta": meta | {"progressToken": wire_id}}
+                    return message.model_copy(update={"id": wire_id, "params": params})
+                return message.model_copy(update={"id": wire_id})
+            case JSONRPCNotification(method="notifications/cancelled", params=dict() as named):
+                if isinstance(request_id := named.get("requestId"), int | str):
+                    update = {"params": named | {"requestId": self._wire_id(request_id)}}
+                    return message.model_copy(update=update)
+        return message
+
+    def _wire_id(self, request_id: RequestId) -> str:
+        return f"w{self._worker()}.{self.incarnation}.{request_id}"
+
+    async def aclose(self) -> None:
+        """The dispatcher is through."""
+        self._over = True
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _encode(message: JSONRPCMessage) -> bytes:
+    """The message's one serialisation: from here to the wire it is bytes.
+
+    Raises:
+        ValueError: JSON in UTF-8 cannot carry it.
+    """
+    try:
+        return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+    except (pydantic_core.PydanticSerializationError, UnicodeEncodeError) as error:
+        raise ValueError(str(error).removeprefix("Error serializing to JSON: ")) from None
+
+
+class _Inlet:
+    """The dispatcher's read stream: never full, and each message comes with its sender's context variables."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = anyio.create_memory_object_stream[tuple[contextvars.Context, SessionMessage]](
+            float("inf")
+        )
+        self.last_context: contextvars.Context | None = None
+
+    def put(self, message: SessionMessage) -> None:
+        try:
+            self._send.send_nowait((contextvars.copy_context(), message))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            logger.debug("Dropped a message: the session's loop has ended")
+
+    async def receive(self) -> SessionMessage | Exception:
+        self.last_context, message = await self._receive.receive()
+        return message
+
+    async def aclose(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+    def __aiter__(self) -> _Inlet:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> _Inlet:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

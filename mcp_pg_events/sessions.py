@@ -1,0 +1,213 @@
+"""The sessions of one app that this worker has met, and their upkeep.
+
+A session comes here by its `initialize`, or by a request that landed here and is then restored from the log. It may
+leave again when nothing of it runs: any worker can restore it. Next: `session.py` runs what `http.py` brought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.abc
+from mcp.server import Server
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
+from mcp_types import (
+    JSONRPCError,
+    JSONRPCMessage,
+    JSONRPCNotification,
+    JSONRPCResponse,
+    jsonrpc_message_adapter,
+)
+from starlette.requests import Request
+
+from .backend import SessionKey, SessionRecord
+from .errors import Error
+from .session import Session, parse_wire_id, request_key
+
+if TYPE_CHECKING:
+    from .store import PostgresStore
+
+__all__ = ["Sessions"]
+
+logger = logging.getLogger(__name__)
+
+LINGER: Final = 1800.0
+"""How long a session with nothing to do stays in memory where it has no idle time-out, in seconds."""
+
+
+class Sessions:
+    """Session objects by id, for the lifetime of the app."""
+
+    def __init__(
+        self,
+        server: Server[Any],
+        lifespan_state: Any,
+        store: PostgresStore,
+        *,
+        name: str,
+        json_response: bool,
+        idle_timeout: float | None,
+    ) -> None:
+        self._server = server
+        self._lifespan_state = lifespan_state
+        self._store = store
+        self._name = name
+        self._json_response = json_response
+        self._idle_timeout = idle_timeout
+        self._sessions: dict[str, Session] = {}
+        self._ready: dict[str, anyio.Event] = {}
+        self._tasks: anyio.abc.TaskGroup | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Where the sessions' loops live. On the way out calls may go on until the store has drained."""
+        unregister = self._store.register(self.receive, self.session_ended, self.end_all)
+        try:
+            async with anyio.create_task_group() as group:
+                self._tasks = group
+                group.start_soon(self._keep_up)
+                try:
+                    yield
+                finally:
+                    group.cancel_scope.cancel()
+        finally:
+            self._tasks = None
+            unregister()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, session_id: str) -> Session | None:
+        """The session's object here, if it has one."""
+        return self._sessions.get(session_id)
+
+    def open(self, session_id: str) -> Session:
+        """A new session object, its loop running."""
+        if self._tasks is None:
+            raise RuntimeError("The app's lifespan has ended")
+        session = Session(
+            self._server,
+            self._lifespan_state,
+            self._store.log,
+            self._store.hub,
+            session_id=session_id,
+            worker=self._store.worker_number,
+            json_response=self._json_response,
+            on_over=self._forget,
+        )
+        self._sessions[session_id] = session
+        self._tasks.start_soon(session.run)
+        return session
+
+    async def restored(self, session_id: str, record: SessionRecord, request: Request) -> Session:
+        """The session's object, made from what other workers left, ready to take a request."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            ready = self._ready[session_id] = anyio.Event()
+            try:
+                session = self.open(session_id)
+                session.restore(record)
+                await session.replay(record, request)
+            finally:
+                ready.set()
+                self._ready.pop(session_id, None)
+        return session
+
+    async def ready(self, session_id: str) -> Session | None:
+        """The session's object once it is restored; None when there is none here."""
+        if (restoring := self._ready.get(session_id)) is not None:
+            await restoring.wait()
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.last_used = asyncio.get_running_loop().time()
+        return session
+
+    # --- messages that are not requests -------------------------------------------------------------------------------
+
+    async def route(self, key: SessionKey, message: JSONRPCMessage, raw: str, request: Request) -> None:
+        """Bring a client's answer or notification to the worker that it concerns, before the client gets its 202."""
+        log, me = self._store.log, self._store.worker_number()
+        match message:
+            case JSONRPCResponse() | JSONRPCError():
+                named = parse_wire_id(message.id)
+            case JSONRPCNotification(method="notifications/progress", params=dict() as params):
+                named = parse_wire_id(params.get("progressToken"))
+            case JSONRPCNotification(method="notifications/cancelled"):
+                request_id = cancelled_request_id_from_params(message.params)
+                owner = None if request_id is None else await log.call_owner(key.session_id, request_key(request_id))
+                named = None if owner is None else (owner, 0, "")
+            case _:
+                # For the session as a whole: this worker, and every other one that runs something for it.
+                others = [worker for worker in await log.session_workers(key.session_id) if worker != me]
+                if others:
+                    await log.post(others, key.session_id, raw)
+                session = await self.ready(key.session_id)
+                if session is None:
+                    record = await log.find_session(key)
+                    session = await self.restored(key.session_id, record, request)
+                session.deliver(message, request)
+                return
+        if named is None:
+            logger.info("Session %s: an answer or a cancellation named nothing that runs", key.session_id)
+        elif named[0] == me:
+            self.receive(key.session_id, message, request)
+        elif not await log.post([named[0]], key.session_id, raw):
+            logger.info("Session %s: an answer came after the worker that asked was gone", key.session_id)
+
+    def receive(self, session_id: str, message: JSONRPCMessage | str, request: Request | None = None) -> bool:
+        """A message for something that runs here, from this worker's client or another worker's; False if not ours."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            return False
+        if isinstance(message, str):
+            message = jsonrpc_message_adapter.validate_json(message, by_name=False)
+        named = None
+        if isinstance(message, JSONRPCResponse | JSONRPCError):
+            named = parse_wire_id(message.id)
+        elif isinstance(message, JSONRPCNotification) and message.method == "notifications/progress":
+            named = parse_wire_id((message.params or {}).get("progressToken"))
+        if named is not None and named[1] != session.incarnation:
+            logger.info("Session %s: an answer came after what asked for it was gone", session_id)
+            return True
+        session.deliver(message, request)
+        return True
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
+
+    def session_ended(self, session_id: str) -> None:
+        """A session ended, here or elsewhere: what runs of it here is cancelled."""
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            session.end()
+
+    def end_all(self) -> None:
+        """This worker was declared dead, or shuts down."""
+        for session in list(self._sessions.values()):
+            session.end()
+        self._sessions.clear()
+
+    def _forget(self, session: Session) -> None:
+        if self._sessions.get(session.session_id) is session:
+            del self._sessions[session.session_id]
+
+    async def _keep_up(self) -> None:
+        """Stamp what is in use, end what is idle by the database's clock, let go of objects that nobody uses."""
+        timeout = self._idle_timeout
+        interval = min(30.0, timeout / 8) if timeout else 30.0
+        clock: Callable[[], float] = asyncio.get_running_loop().time
+        while True:
+            await anyio.sleep(interval)
+            try:
+                await self._store.touch_sessions()
+                if timeout is not None:
+                    await self._store.expire_idle(self._name, timeout)
+            except Error as error:
+                logger.debug("Sessions were not looked after: %s", error)
+            stale = clock() - (timeout or LINGER)
+            for session in list(self._sessions.values()):
+                if not session.busy and session.last_used < stale and session.session_id not in self._ready:
+                    self.session_ended(session.session_id)

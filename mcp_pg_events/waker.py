@@ -1,0 +1,105 @@
+"""Tells other workers that streams which their clients read have grown.
+
+After a commit the writer leaves the streams here. One statement, on a connection of its own, looks up who reads them
+elsewhere, and notifies those workers; while it runs, further streams gather, so notifications coalesce. It may not ride
+in the append's transaction (NOTIFY takes a database-wide lock until the commit), nor look before the commit (a reader
+that attaches in between would miss both the history and the wake-up). Next: `listener.py` on the other worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+import psycopg
+
+from .arrays import Int8Array
+from .database import Connection, is_outage, translate
+from .errors import Error
+from .queries import Queries
+from .writer import Identity
+
+__all__ = ["Waker"]
+
+logger = logging.getLogger(__name__)
+
+KEYS_AT_ONCE = 2000
+
+
+class Waker:
+    """A set of streams to announce, and the task that announces it. Losing it only delays: readers also poll."""
+
+    def __init__(
+        self, connect: Callable[[], Awaitable[Connection]], queries: Queries, identity: Identity, channel_prefix: str
+    ) -> None:
+        self._connect = connect
+        self._queries = queries
+        self._prefix = channel_prefix
+        self._identity = identity
+        self._streams: set[int] = set()
+        self._work = asyncio.Event()
+        self._announced = asyncio.Event()
+        self._announced.set()
+        self._connection: Connection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.sent = 0
+        """Notifications sent so far."""
+
+    async def start(self) -> None:
+        self._connection = await self._connect()
+        self._task = asyncio.create_task(self._run(), name="mcp_pg_events.waker")
+
+    async def stop(self) -> None:
+        """Announce what is left, for a moment at most, then end."""
+        if self._task is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._announced.wait()
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._drop_connection()
+
+    def add(self, streams: set[int]) -> None:
+        self._streams |= streams
+        self._work.set()
+        self._announced.clear()
+
+    async def _run(self) -> None:
+        pause = 0.0
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            batch = sorted(self._streams)[:KEYS_AT_ONCE]
+            try:
+                await self._announce(batch)
+                self._streams.difference_update(batch)
+                pause = 0.0
+            except (psycopg.Error, Error, OSError) as error:
+                if not is_outage(error):
+                    logger.error("Other workers cannot be woken, their readers poll instead: %s", translate(error))
+                    self._streams.difference_update(batch)
+                await self._drop_connection()
+                pause = min(1.0, pause * 2 or 0.05)
+                await asyncio.sleep(pause)
+            if self._streams:
+                self._work.set()
+            else:
+                self._announced.set()
+
+    async def _announce(self, batch: list[int]) -> None:
+        if not batch:
+            return
+        if self._connection is None or self._connection.closed:
+            self._connection = await self._connect()
+        cursor = await self._connection.execute(
+            self._queries.wake, {"streams": Int8Array(batch), "me": self._identity.number, "prefix": self._prefix}
+        )
+        row = await cursor.fetchone()
+        self.sent += row[0] if row else 0
+
+    async def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()

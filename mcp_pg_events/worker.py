@@ -1,0 +1,304 @@
+"""The parts of one worker, wired together and kept alive between entering a store and leaving it.
+
+The way of the data is `http` → `sessions` → `session` → `log` → `writer` → `hub` and `waker` → `listener` → `reader`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import psycopg
+
+from .arrays import TextArray
+from .database import Connection, Database, connect, translate
+from .errors import DatabaseUnavailable, Error, NotMigrated, SchemaTooOld, WorkerTooOld
+from .fetcher import Fetcher
+from .finish import Finisher
+from .hub import Hub
+from .inbox import Inbox
+from .listener import Listener
+from .log import Log
+from .queries import Queries
+from .schema import NEEDS, REVISION, quote_schema
+from .waker import Waker
+from .watch import Watch
+from .writer import Identity, Writer
+
+__all__ = ["App", "Worker", "WorkerSettings"]
+
+logger = logging.getLogger(__name__)
+
+PARTITIONS_AHEAD: Final = 2
+PARTITION_CHECK: Final = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a `PostgresStore` was given, checked. Time-outs in seconds."""
+
+    dsn: str
+    listen_dsn: str
+    schema: str
+    max_connections: int
+    prepare_threshold: int | None
+    outage_timeout: float
+    drain_timeout: float
+    unresponsive_timeout: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class App:
+    """What an app's sessions do with what other workers send."""
+
+    receive: Callable[[str, str], bool]
+    session_ended: Callable[[str], None]
+    end_all: Callable[[], None]
+
+
+class Worker:
+    """One worker's identity, connections and background tasks."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self.apps: list[App] = []
+        self.hub = Hub()
+        self.identity = Identity(0)
+        self._queries = Queries(settings.schema)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._renewal: asyncio.Task[None] | None = None
+        self._outage_noted = 0.0
+        self.database = Database(
+            settings.dsn, max_connections=settings.max_connections, prepare_threshold=settings.prepare_threshold
+        )
+
+    async def start(self) -> None:
+        settings, queries = self._settings, self._queries
+        first = await self._connect()
+        try:
+            schema_oid = await self._check(first)
+        finally:
+            await first.close()
+        await self.database.open()
+        prefix = f"mcp_pg_events_{schema_oid}_"
+        await self._register()
+        self.waker = Waker(self._connect, queries, self.identity, prefix)
+        self.writer = Writer(
+            self._connect,
+            queries,
+            self.identity,
+            self.hub,
+            self.waker.add,
+            outage_timeout=settings.outage_timeout,
+            on_lost=self._lost,
+        )
+        self.finisher = Finisher(
+            self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix, schema_oid
+        )
+        self.fetcher = Fetcher(self.database, queries)
+        self.log = Log(
+            self.database, queries, self.identity, self.writer, self.fetcher, self.finisher, self.hub, prefix
+        )
+        self.inbox = Inbox(self.database, queries, self.identity, self._deliver)
+        self.listener = Listener(
+            lambda: connect(settings.listen_dsn, prepare_threshold=None),
+            self.database,
+            queries,
+            self.identity,
+            prefix,
+            schema_oid,
+            on_notification=self._notified,
+            on_resync=self._resync,
+        )
+        self.watch = Watch(
+            self.database,
+            queries,
+            self.identity,
+            self.listener,
+            self.finisher,
+            unresponsive_timeout=settings.unresponsive_timeout,
+            on_declared_dead=self.writer.declared_dead,
+        )
+        await self.listener.start()
+        await self.waker.start()
+        await self.writer.start()
+        self.fetcher.start()
+        self.inbox.start()
+        self.watch.start()
+        self.spawn(self._make_partitions())
+        logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
+
+    async def stop(self) -> None:
+        for name in ("watch", "inbox"):
+            if (part := getattr(self, name, None)) is not None:
+                await part.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._renewal is not None:
+            self._renewal.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if (writer := getattr(self, "writer", None)) is not None:
+            try:
+                async with asyncio.timeout(5):
+                    await writer.stop()
+            except TimeoutError:
+                logger.error("Events were still waiting for the database when the store was closed")
+        if self.identity.number:
+            try:
+                await self.database.fetch(
+                    self._queries.end_worker, {"worker": self.identity.number, "reason": "stopped"}, patience=1
+                )
+            except Error as error:
+                logger.debug("The worker's row was not closed: %s", error)
+        for name in ("fetcher", "waker", "listener"):
+            if (part := getattr(self, name, None)) is not None:
+                await part.stop()
+        await self.database.close()
+
+    async def _connect(self) -> Connection:
+        return await connect(self._settings.dsn, prepare_threshold=self._settings.prepare_threshold)
+
+    async def _check(self, connection: Connection) -> int:
+        """Whether this worker and the database fit, and the schema's oid."""
+        schema = self._settings.schema
+        try:
+            cursor = await connection.execute(self._queries.revisions, {"schema": quote_schema(schema)})
+            row = await cursor.fetchone()
+        except psycopg.Error as error:
+            if isinstance(translate(error), NotMigrated):
+                raise NotMigrated(
+                    f"The database has no schema {schema!r} of mcp_pg_events; run `mcp-pg-events migrate`"
+                    + ("" if schema == "mcp_events" else f" with `--schema {schema}`")
+                ) from None
+            raise translate(error) from None
+        assert row is not None
+        revision, oldest_worker, schema_oid, standby = row
+        if revision is None or oldest_worker is None or revision < NEEDS:
+            raise SchemaTooOld(
+                f"The database's schema {schema!r} is at revision {revision or 'none'}, but this version needs "
+                f"{NEEDS}; run `mcp-pg-events migrate`"
+            )
+        if oldest_worker > REVISION:
+            raise WorkerTooOld(
+                f"The database's schema {schema!r} is at revision {revision} and serves workers from revision "
+                f"{oldest_worker} on, but this one is of revision {REVISION}; upgrade it with "
+                "`pip install --upgrade mcp-pg-events`"
+            )
+        if standby:
+            raise DatabaseUnavailable("The DSN leads to a standby, which takes no writes; give the primary")
+        return int(schema_oid)
+
+    async def _register(self) -> None:
+        await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD}, patience=5)
+        rows = await self.database.fetch(
+            self._queries.register_worker,
+            {"host": socket.gethostname()[:255], "pid": os.getpid(), "revision": REVISION},
+            patience=5,
+        )
+        self.identity.number, self.identity.epoch = rows[0][0], 0
+
+    async def _make_partitions(self) -> None:
+        while True:
+            await asyncio.sleep(PARTITION_CHECK.total_seconds())
+            try:
+                await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD})
+            except Error as error:
+                logger.warning("Partitions could not be made ahead: %s", error)
+
+    # --- what arrives
+    # --------------------------------------------------------------------------------------------------
+
+    def _notified(self, payload: str) -> None:
+        kind, rest = payload[:1], payload[1:]
+        match kind:
+            case "s":
+                for stream in rest.split(","):
+                    self.hub.wake(int(stream))
+            case "k":
+                stream, _, generation = rest.partition(":")
+                self.hub.supersede(int(stream), int(generation))
+            case "c":
+                self.hub.end_stream(int(rest), "closed")
+            case "i":
+                self.inbox.check()
+            case "e":
+                self._session_ended(rest)
+            case _:
+                logger.debug("An unknown notification was ignored")
+
+    def _resync(self) -> None:
+        self.hub.wake_all()
+        self.inbox.check()
+
+    def _deliver(self, session_id: str, payload: str) -> None:
+        if not any([app.receive(session_id, payload) for app in self.apps]):
+            logger.info("Session %s: a message came after what it was about had ended here", session_id)
+
+    def _session_ended(self, session_id: str) -> None:
+        self.hub.end_session(session_id)
+        for app in self.apps:
+            app.session_ended(session_id)
+
+    async def touch_sessions(self) -> None:
+        """Keep the sessions with a running call or an attached reader here from their idle time-out."""
+        sessions = self.writer.sessions() | self.hub.sessions()
+        if sessions:
+            await self.database.fetch(
+                self._queries.touch_sessions, {"sessions": TextArray(session.encode() for session in sessions)}
+            )
+
+    # --- losing the identity
+    # -------------------------------------------------------------------------------------------
+
+    def _lost(self, error: Error) -> None:
+        """This worker was declared dead, or gave its calls up. It goes on as another one."""
+        logger.error("Worker %d lost its calls: %s", self.identity.number, error)
+        self.hub.end_all("ended")
+        for app in self.apps:
+            app.end_all()
+        if self._renewal is None or self._renewal.done():
+            self._renewal = asyncio.create_task(self._renew(), name="mcp_pg_events.renew")
+
+    async def _renew(self) -> None:
+        old = self.identity.number
+        while True:
+            try:
+                await self._register()
+                break
+            except Error:
+                await asyncio.sleep(1)
+        self.listener.renew()
+        self.writer.renew()
+        logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
+        try:
+            await self.finisher.reap(old, "worker_lost", grace=0, unresponsive=0)
+        except Error as error:
+            logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
+
+    # --- odds and ends
+    # -------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Error as error:
+                logger.debug("Something in the background failed: %s", error)
+            except Exception:
+                logger.exception("Something in the background failed")
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def note_outage(self, error: Error) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._outage_noted > 10:
+            logger.warning("Requests are refused for now: %s", error)
+        self._outage_noted = now
