@@ -1,0 +1,58 @@
+"""The command line: `mcp-pg-events`, or `python -m mcp_pg_events`.
+
+Each command is a module of its own, which reads its options, asks `settings.py` for what they leave out, and calls the
+library. A user's mistake ends as one sentence on stderr: exit code 2 for the command line itself, 1 for all else.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from mcp_pg_events.cli import demo, migrate, serve
+from mcp_pg_events.errors import Error
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mcp-pg-events",
+    help="MCP sessions over PostgreSQL: any worker serves any request, and a dropped stream resumes on another one.",
+    epilog="Start with `mcp-pg-events demo`. The database is given by --dsn or MCP_PG_EVENTS_DSN.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mcp-pg-events {version('mcp-pg-events')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(migrate.migrate)
+app.command()(serve.serve)
+app.command()(demo.demo)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app()
+    except Error as error:
+        print(f"mcp-pg-events: {error}", file=sys.stderr)
+        sys.exit(1)

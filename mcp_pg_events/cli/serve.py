@@ -1,0 +1,169 @@
+"""`mcp-pg-events serve`: a durable MCP server on one or more worker processes.
+
+Everything that can be wrong is checked before the first worker starts. Next: `application`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from .. import errors
+from ..embedded import default_home, embedded_postgres
+from ..errors import ConfigurationError
+from ..settings import Settings
+from .options import Dsn, Schema
+
+if TYPE_CHECKING:
+    from .application import Application
+
+__all__ = ["serve"]
+
+LogLevel = Literal["critical", "error", "warning", "info", "debug"]
+
+# How long connections may take to end after SIGTERM, in seconds; an SSE stream would otherwise hold a worker for ever.
+_GRACE = 10
+
+
+def serve(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:OBJECT",
+            help="An MCPServer, a low-level Server, a FastMCP, an ASGI app, or a function without arguments that "
+            "returns one. The working directory is importable.",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Worker processes. Any of them serves any request of any session.")
+    ] = 1,
+    dsn: Dsn = None,
+    schema: Schema = None,
+    path: Annotated[str, typer.Option(help="The endpoint's path. An ASGI app has its own.")] = "/mcp",
+    log_level: Annotated[LogLevel, typer.Option(help="The least severe messages to log.")] = "info",
+) -> None:
+    """Serve an MCP server whose sessions and streams outlive connections, workers and restarts.
+
+    Examples:
+
+        mcp-pg-events serve weather:mcp
+
+            the `mcp` in ./weather.py, over a PostgreSQL of its own
+
+        mcp-pg-events serve weather:mcp --workers 4 --dsn postgresql://localhost/app
+
+            four workers over yours; run `mcp-pg-events migrate` on it first
+
+        mcp-pg-events serve weather.http:create_app --host 0.0.0.0 --port 80
+
+            a function that builds the app, reachable from everywhere
+
+    Without a DSN, and with the `embedded` extra, a PostgreSQL of its own runs in your data directory (or in
+    MCP_PG_EVENTS_HOME) for as long as a worker does.
+
+    SIGTERM and Ctrl-C end every worker; SIGHUP replaces several one by one. MCP_PG_EVENTS_LISTEN_DSN is a direct
+    connection for LISTEN, where the DSN leads to a pooler.
+    """
+    if not path.startswith("/"):
+        raise ConfigurationError(f"The path {path!r} has to begin with a slash.")
+    # Without this a SIGTERM would end the process in the middle, and leave the embedded PostgreSQL running.
+    signal.signal(signal.SIGTERM, _exit)
+    from .application import Plan, check_database, find, make_durable  # the SDK takes a second, and --help needs none
+
+    settings = Settings.given(dsn=dsn, schema=schema)
+    name = settings.schema_name
+    with contextlib.ExitStack() as stack:
+        app = find(target, path=path, host=host)
+        listener = stack.enter_context(_listen(host, port))
+        database, home = settings.database, None
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
+        if database is None:
+            home = str(default_home())
+            database = stack.enter_context(embedded_postgres(home, schema=name))
+            typer.echo(f"No DSN given: using the embedded PostgreSQL in {home}.", err=True)
+        else:
+            check_database(database, name)
+        listen_dsn = settings.listen_dsn.get_secret_value() if settings.listen_dsn else None
+        plan = Plan(
+            target=target, dsn=database, listen_dsn=listen_dsn, schema=name, path=path, host=host, embedded_home=home
+        )
+        app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
+        plan.publish()
+        count = "one worker" if workers == 1 else f"{workers} workers"
+        typer.echo(f"Serving {target} with {count} at http://{_shown(listener)}{path} (Ctrl-C ends it)", err=True)
+        started = _run_workers(listener, workers, log_level) if workers > 1 else _run_here(app, listener, log_level)
+        if not started:
+            raise errors.Error("A worker could not start; its log is above.")
+
+
+def _run_workers(listener: socket.socket, workers: int, log_level: LogLevel) -> bool:
+    """Serve until a signal; False when a worker failed to start."""
+    config = _config("mcp_pg_events.cli.application:application", log_level, workers=workers, factory=True)
+    supervisor = Multiprocess(config, sockets=[listener])
+    supervisor.run()
+    return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
+
+
+def _run_here(app: Application, listener: socket.socket, log_level: LogLevel) -> bool:
+    server = uvicorn.Server(_config(app, log_level))
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as end:  # uvicorn raises the signal that ended it again, once it is done
+        return end.code != STARTUP_FAILURE
+    return server.started
+
+
+def _config(app: Any, level: LogLevel, **options: Any) -> uvicorn.Config:
+    log_config = copy.deepcopy(LOGGING_CONFIG)
+    for name in ("mcp_pg_events", "mcp"):
+        log_config["loggers"][name] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
+    return uvicorn.Config(
+        app, log_level=level, log_config=log_config, timeout_graceful_shutdown=_GRACE, lifespan="on", **options
+    )
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The socket that all workers accept from, bound first so that a taken port says so at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror:
+        raise ConfigurationError(f"The host {host!r} is no address of this machine.") from None
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            reason = os.strerror(error.errno).lower() if error.errno else str(error)
+            raise ConfigurationError(
+                f"Cannot listen on {host} port {port} ({reason}); choose another with --host and --port."
+            ) from None
+        yield listener
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
