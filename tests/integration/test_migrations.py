@@ -1,0 +1,422 @@
+"""The schema: made, checked, rendered, removed, shared, and used by a role that owns nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.util import CommandError
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from mcp_pg_events import migrate
+from mcp_pg_events.errors import ConfigurationError, DatabaseUnavailable, Error, WorkerTooOld
+from mcp_pg_events.partitions import INTERVALS, Interval, Partition, Policy, ceiling, floor, parse_name, plan
+from mcp_pg_events.schema import NEEDS, REVISION
+from mcp_pg_events.tables import METADATA
+
+ROOT = Path(__file__).parents[2]
+
+ODD_NAMES = ['we"ird', "it's", "a:b :c %s %% {x}", "$mcp_pg_events$", "back\\slash \\:x", "schéma", "select", "x" * 63]
+
+
+def query(dsn: str, statement: LiteralString, schema: str = "mcp_events", **parameters: object) -> list[Any]:
+    """Run a statement in a schema; the first column of each row."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(schema)))
+        cursor = connection.execute(statement, parameters or None)
+        return [row[0] for row in cursor] if cursor.description else []
+
+
+def relations(dsn: str) -> list[str]:
+    """Everything in the database that initdb did not make."""
+    return query(
+        dsn,
+        """SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+           WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+           UNION ALL SELECT n.nspname || '.' || p.proname || '()' FROM pg_proc p
+           JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+           UNION ALL SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+           ORDER BY 1""",
+    )
+
+
+def partitions(database: str | psycopg.Connection[Any], schema: str = "mcp_events") -> list[Partition]:
+    """The partitions of events, by their bounds."""
+    if isinstance(database, str):
+        with psycopg.connect(database) as connection:
+            return partitions(connection, schema)
+    bounds = database.execute(
+        """SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid), '''(.*)''.*''(.*)''')
+           FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
+           WHERE inhparent = (quote_ident(%s) || '.events')::regclass""",
+        [schema],
+    )
+    return sorted(
+        Partition(datetime.fromisoformat(lower), datetime.fromisoformat(upper)) for ((lower, upper),) in bounds
+    )
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python module as a user would, with nothing of this process's settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MCP_PG_EVENTS_")}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=clean | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_migration_makes_the_tables_and_the_first_partitions(database: str) -> None:
+    migrate.upgrade(database)
+
+    assert migrate.current(database) == REVISION
+    assert query(database, "SELECT oldest_worker FROM settings") <= [NEEDS]
+    today = floor(query(database, "SELECT now()")[0], "day")
+    made = [Partition(today + timedelta(days=day), today + timedelta(days=day + 1)) for day in range(3)]
+    assert partitions(database) == made
+    assert query(database, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'events'::regclass") == [
+        partition.name for partition in made
+    ]
+    query(database, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, '{}')")
+
+
+def test_every_table_says_what_it_is_for(migrated: str) -> None:
+    without = query(
+        migrated,
+        """SELECT relname::text FROM pg_class
+           WHERE relname = ANY(%(names)s) AND obj_description(oid, 'pg_class') IS NULL""",
+        names=list(METADATA.tables),
+    )
+    assert without == []
+
+
+def test_check_is_clean_with_partitions_present_and_notices_a_change(
+    migrated: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = migrate.Target(migrated)
+    assert len(partitions(migrated)) == 3
+    command.check(target.config())
+
+    for change in (
+        "ALTER TABLE sessions DROP COLUMN owner",
+        "DROP INDEX streams_open",
+        "ALTER TABLE streams ALTER floor DROP DEFAULT",
+        "COMMENT ON TABLE inbox IS 'changed'",
+    ):
+        with psycopg.connect(migrated) as connection:
+            connection.execute("SET search_path = mcp_events")
+            connection.execute(change)
+        with pytest.raises(CommandError, match="New upgrade operations"):
+            command.check(target.config())
+        migrate.downgrade(migrated, revision="base")
+        migrate.upgrade(migrated)
+    command.check(target.config())
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_schema_may_have_any_name_that_postgresql_takes(database: str, name: str) -> None:
+    before = relations(database)
+    migrate.upgrade(database, schema=name)
+    migrate.upgrade(database, schema=name)  # nothing to do
+    command.check(migrate.Target(database, name).config())
+    assert query(database, "SELECT ensure_partitions(4)", name) == [2]
+    assert {line.rpartition(".")[0] or line for line in relations(database)} == {"public", name}
+    migrate.downgrade(database, schema=name, revision="base")
+    assert relations(database) == before
+
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(migrate.render(schema=name).encode())
+    assert migrate.current(database, schema=name) == REVISION
+    command.check(migrate.Target(database, name).config())
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(migrate.render(schema=name, down=True, revision="base").encode())
+    assert relations(database) == before
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "é" * 32, "a\0b", "line\nbreak", "pg_mine", "information_schema"])
+def test_a_name_that_postgresql_would_refuse_or_cut_is_refused_first(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="schema's name"):
+        migrate.render(schema=name)
+
+
+def test_two_schemas_in_one_database_do_not_meet(database: str) -> None:
+    migrate.upgrade(database, schema="one", partition_interval="hour")
+    migrate.upgrade(database, schema="two")
+    query(database, "INSERT INTO sessions (id, server) VALUES ('s', 'x')", "one")
+    query(database, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, 'x')", "one")
+    assert query(database, "SELECT id FROM sessions", "two") == []
+    assert query(database, "SELECT payload FROM events", "two") == []
+    assert query(database, "SELECT partition_interval FROM settings", "two") == ["day"]
+    assert query(database, "SELECT ensure_partitions(3)", "one") == [1]
+    assert len(partitions(database, "two")) == 3
+
+    command.check(migrate.Target(database, "one").config())
+    migrate.downgrade(database, schema="one", revision="base")
+    command.check(migrate.Target(database, "two").config())
+    assert query(database, "SELECT ensure_partitions(3)", "two") == [1]
+
+
+def test_two_migrations_at_once_both_succeed(database: str) -> None:
+    name = sql.Identifier(str(conninfo_to_dict(database)["dbname"]))
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_isolation = serializable").format(name))
+
+    def migrate_in_a_process() -> subprocess.CompletedProcess[str]:
+        return run("mcp_pg_events", "migrate", MCP_PG_EVENTS_DSN=database)
+
+    with ThreadPoolExecutor(2) as pool, psycopg.connect(database) as gate:
+        gate.execute("LOCK TABLE pg_namespace IN SHARE MODE")  # CREATE SCHEMA waits here
+        running = [pool.submit(migrate_in_a_process) for _ in range(2)]
+        try:
+            wait_for_lock_waiters(database, 2)
+        finally:
+            gate.rollback()
+        for done in running:
+            assert done.result().returncode == 0, done.result().stderr
+    assert migrate.current(database) == REVISION
+
+
+def test_two_threads_may_migrate(database: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: migrate.upgrade(database, schema=name), ["one", "two"]))
+    assert [migrate.current(database, schema=name) for name in ("one", "two")] == [REVISION, REVISION]
+
+
+def wait_for_lock_waiters(dsn: str, number: int) -> None:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    deadline = time.monotonic() + 20
+    while query(dsn, waiting) != [number]:
+        assert time.monotonic() < deadline, "they do not wait"
+        time.sleep(0.02)
+
+
+def test_a_downgrade_leaves_what_it_did_not_make(database: str) -> None:
+    query(database, "CREATE SCHEMA mcp_events")
+    migrate.upgrade(database)
+    migrate.downgrade(database, revision="base")
+    assert "mcp_events" in relations(database), "a schema that was there before"
+    query(database, "DROP SCHEMA mcp_events")
+
+    migrate.upgrade(database)
+    query(database, "CREATE TABLE mine (id integer)")
+    migrate.downgrade(database, revision="base")
+    assert [name for name in relations(database) if name.startswith("mcp_events")] == ["mcp_events", "mcp_events.mine"]
+    migrate.downgrade(database, revision="base")  # and there is nothing to do
+
+
+def test_alembic_s_own_command_does_the_same(database: str) -> None:
+    for arguments in (["upgrade", "head"], ["check"], ["upgrade", "head"], ["downgrade", "base"]):
+        done = run("alembic", *arguments, MCP_PG_EVENTS_DSN=database, MCP_PG_EVENTS_SCHEMA="from_env")
+        assert done.returncode == 0, done.stderr
+    done = run(
+        "alembic", "-x", f"dsn={database}", "-x", "schema=a b", "-x", "partition_interval=week", "upgrade", "head"
+    )
+    assert done.returncode == 0, done.stderr
+    assert query(database, "SELECT partition_interval FROM settings", "a b") == ["week"]
+    assert run("alembic", "upgrade", "head").stdout.strip().endswith("postgresql://localhost/app.")
+    assert "Unknown -x argument: shema" in run("alembic", "-x", "shema=x", "upgrade", "head").stdout
+
+
+def test_a_conninfo_string_is_as_good_as_a_uri(database: str) -> None:
+    migrate.upgrade(make_conninfo(database))
+    assert migrate.current(make_conninfo(database)) == REVISION
+
+
+# Partitions
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_the_function_makes_what_the_plan_says(database: str, interval: Interval) -> None:
+    migrate.upgrade(database, partition_interval=interval)
+    assert len(partitions(database)) == 3
+    with psycopg.connect(database) as connection:  # one transaction, and so one now()
+
+        def ensure() -> int:
+            return int(connection.execute("SELECT mcp_events.ensure_partitions(3)").fetchone()[0])  # type: ignore[index]
+
+        now = connection.execute("SELECT now()").fetchone()[0]  # type: ignore[index]
+        for changed in INTERVALS:
+            connection.execute("UPDATE mcp_events.settings SET partition_interval = %s", [changed])
+            before = partitions(connection)
+            expected = plan(now, before, Policy(changed, 3)).create
+            assert ensure() == len(expected)
+            assert partitions(connection) == sorted([*before, *expected])
+            assert ensure() == 0
+
+
+def test_the_bounds_are_utc_whatever_the_session_says(database: str) -> None:
+    migrate.upgrade(database)
+    with psycopg.connect(
+        database, autocommit=True, options="-c timezone=Asia/Kolkata -c datestyle=SQL,DMY"
+    ) as connection:
+        assert connection.execute("SELECT mcp_events.ensure_partitions(4)").fetchone() == (2,)
+        assert connection.execute("SELECT mcp_events.ensure_partitions(4)").fetchone() == (0,)
+    days = partitions(database)
+    assert len(days) == 5
+    assert all(day.lower == floor(day.lower, "day") and day.upper == ceiling(day.lower, "day") for day in days)
+
+
+def test_a_detached_partition_does_not_keep_its_successor_from_being_made(migrated: str) -> None:
+    name = partitions(migrated)[0].name
+    with psycopg.connect(migrated, autocommit=True) as connection:
+        detach = sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION {}")
+        connection.execute(detach.format(sql.Identifier("mcp_events", name)))
+    assert query(migrated, "SELECT ensure_partitions()") == [1]
+    names = query(migrated, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'events'::regclass")
+    assert f"{name}_2" in names
+    assert all(parse_name(made) is not None for made in names)
+    query(migrated, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, '{}')")
+
+
+def test_many_workers_at_once_make_each_partition_once(migrated: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: query(migrated, "SELECT ensure_partitions(20)")[0], range(8)))
+    assert sorted(made) == [0] * 7 + [18]
+
+
+def test_making_a_partition_waits_for_no_reader_and_no_writer(migrated: str) -> None:
+    with psycopg.connect(migrated) as busy, psycopg.connect(migrated, autocommit=True) as maker:
+        busy.execute("INSERT INTO mcp_events.events (stream, seq, payload) VALUES (1, 1, '{}')")
+        busy.execute("SELECT * FROM mcp_events.events")
+        maker.execute("SET lock_timeout = '2s'")
+        assert maker.execute("SELECT mcp_events.ensure_partitions(5)").fetchone() == (3,)
+
+
+def test_when_nothing_is_missing_no_lock_is_taken(migrated: str) -> None:
+    with psycopg.connect(migrated) as connection:
+        connection.execute("SELECT mcp_events.ensure_partitions()")
+        held = connection.execute(
+            """SELECT locktype, relation::regclass::text FROM pg_locks
+               WHERE pid = pg_backend_pid()
+               AND (locktype = 'advisory' OR relation IN (SELECT inhrelid FROM pg_inherits))"""
+        ).fetchall()
+    assert held == []
+
+
+# The worker's role
+
+
+@pytest.fixture
+def worker(migrated: str) -> Iterator[str]:
+    """A role with the least privileges, as a DSN."""
+    name = "least " + migrated.rpartition("_")[2]
+    role = sql.Identifier(name)
+    with psycopg.connect(migrated, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'of the worker'").format(role))
+        migrate.upgrade(migrated, worker_role=name)
+        yield make_conninfo(migrated, user=name, password="of the worker")
+        admin.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
+def test_the_least_privileged_role_can_do_a_worker_s_work(worker: str) -> None:
+    query(worker, "INSERT INTO workers (host, pid, revision) VALUES ('h', 1, '0001')")
+    query(worker, "SELECT number FROM workers FOR UPDATE")
+    query(worker, "INSERT INTO sessions (id, server) VALUES ('s', 'x')")
+    query(worker, "INSERT INTO streams (session_id, request_key) VALUES ('s', '1')")
+    query(worker, "UPDATE streams SET final_seq = 1")
+    query(worker, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, '{}')")
+    query(worker, "INSERT INTO inbox (worker, session_id, payload) VALUES (1, 's', '{}')")
+    for table in ("inbox", "streams", "sessions", "workers"):
+        with psycopg.connect(worker) as connection:
+            connection.execute(sql.SQL("DELETE FROM mcp_events.{}").format(sql.Identifier(table)))
+    assert query(worker, "SELECT payload FROM events") == ["{}"]
+    assert query(worker, "SELECT version_num FROM alembic_version") == [REVISION]
+    assert query(worker, "SELECT oldest_worker FROM settings") == ["0001"]
+    assert query(worker, "SELECT ensure_partitions(6)") == [4]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE events",
+        "ALTER TABLE events ADD COLUMN x text",
+        "DELETE FROM events",
+        "UPDATE events SET payload = 'x'",
+        "TRUNCATE events",
+        "UPDATE settings SET oldest_worker = '9999'",
+        "UPDATE alembic_version SET version_num = '0000'",
+        "CREATE TABLE mine (id integer)",
+        "CREATE OR REPLACE FUNCTION ensure_partitions(ahead integer DEFAULT 2) RETURNS integer RETURN 1",
+        "DROP FUNCTION ensure_partitions(integer)",
+        "DO $$ BEGIN EXECUTE (SELECT format('SELECT * FROM %s', min(inhrelid)::regclass) FROM pg_inherits); END $$",
+    ],
+)
+def test_the_least_privileged_role_can_do_nothing_else(worker: str, statement: LiteralString) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        query(worker, statement)
+
+
+def test_a_worker_s_temporary_tables_do_not_reach_the_function_that_runs_as_the_owner(worker: str) -> None:
+    with psycopg.connect(worker, autocommit=True) as connection:
+        connection.execute("CREATE TEMPORARY TABLE settings (partition_interval text)")
+        connection.execute("CREATE TEMPORARY TABLE events (created_at timestamptz) PARTITION BY RANGE (created_at)")
+        connection.execute("SET search_path = pg_temp, mcp_events")
+        assert connection.execute("SELECT mcp_events.ensure_partitions(3)").fetchone() == (1,)
+        owners = connection.execute("SELECT count(*) FROM pg_inherits WHERE inhparent = 'events'::regclass").fetchone()
+        assert owners == (0,)
+
+
+def test_a_role_without_the_grant_cannot_make_partitions(migrated: str, worker: str) -> None:
+    role = sql.Identifier(str(conninfo_to_dict(worker)["user"]))
+    with psycopg.connect(migrated, autocommit=True) as admin:
+        revoke = sql.SQL("REVOKE EXECUTE ON FUNCTION mcp_events.ensure_partitions(integer) FROM {}")
+        admin.execute(revoke.format(role))
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        query(worker, "SELECT ensure_partitions()")
+
+
+def test_the_script_for_a_dba_grants_the_role_too(database: str) -> None:
+    script = migrate.render(schema='we"ird', worker_role='r"ole', partition_interval="month")
+    assert 'GRANT USAGE ON SCHEMA "we""ird" TO "r""ole"' in script
+    assert "VALUES ('month', '0001')" in script
+
+
+# Errors
+
+
+def test_a_later_interval_that_differs_is_refused(migrated: str) -> None:
+    migrate.upgrade(migrated, partition_interval="day")
+    with pytest.raises(ConfigurationError, match="one day since its first migration"):
+        migrate.upgrade(migrated, partition_interval="hour")
+
+
+def test_a_schema_newer_than_the_package_is_named_as_such(migrated: str) -> None:
+    query(migrated, "UPDATE alembic_version SET version_num = '0999'")
+    with pytest.raises(WorkerTooOld, match=rf"'0999'.*'{REVISION}'.*upgrade the package"):
+        migrate.upgrade(migrated)
+
+
+def test_a_role_without_rights_is_told_about_the_script(database: str) -> None:
+    role = "poor_" + database.rpartition("_")[2]
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(sql.Identifier(role)))
+        try:
+            with pytest.raises(Error, match=r"lacks a right: permission denied for database .*--sql"):
+                migrate.upgrade(make_conninfo(database, user=role, password="x"))
+        finally:
+            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+def test_a_wrong_address_is_one_sentence_without_the_password() -> None:
+    for dsn in ("postgresql://u:hunter2@127.0.0.1:1/x", "host=127.0.0.1 port=1 password=hunter2", "hunter2 = = 'x"):
+        done = run("mcp_pg_events", "migrate", "--dsn", dsn)
+        assert done.returncode == 1
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert done.stderr.startswith("mcp-pg-events: ")
+        assert "hunter2" not in done.stderr + done.stdout
+    with pytest.raises(DatabaseUnavailable, match="Connection refused"):
+        migrate.upgrade("host=127.0.0.1 port=1")

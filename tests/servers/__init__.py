@@ -1,0 +1,1 @@
+"""Real MCP servers, which the tests run in processes of their own."""

@@ -1,0 +1,1 @@
+"""What several tests share: PostgreSQL, worker processes, an HTTP client that can misbehave, a faulty proxy."""
