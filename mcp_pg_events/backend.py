@@ -68,6 +68,9 @@ class Stream:
     shared: bool = False
     next_seq: int = 1
     closed: bool = False
+    """Its final is on its way or stored: nothing more is taken."""
+    ended: bool = False
+    """Somebody else wrote its final: what still waits to be stored is refused."""
     on_ended: Callable[[], None] | None = field(default=None, repr=False)
     """Called when somebody else wrote the final: the session ended, or this worker was declared dead."""
 

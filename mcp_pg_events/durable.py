@@ -63,8 +63,7 @@ def durable(
 
     Args:
         app: What `MCPServer.streamable_http_app()`, a low-level `Server.streamable_http_app()` or FastMCP's
-        `http_app()`
-            returned. Its authentication, limits, routes and options stay as they are.
+            `http_app()` returned. Its authentication, limits, routes and options stay as they are.
         store: A `PostgresStore`, which several apps may share, or the DSN for one of this app's own.
         name: Whose sessions these are; the server's name by default. On one database, a session of one name is unknown
             to every other.

@@ -30,6 +30,7 @@ _MESSAGES: Final = {
     "worker_lost": "The worker running this request is gone",
     "session_ended": "The session ended before this request completed",
     "shutdown": "The server shut down before this request completed",
+    "not_stored": "A message of this request could not be stored",
     "outage": "The server lost its database before this request completed",
 }
 
@@ -64,7 +65,7 @@ class Finisher:
 
     async def end_session(self, asking: dict[str, Any]) -> bool:
         """End the session that `asking` names if it lives and is the asker's; False when there is none."""
-        return await self._end(self._queries.end_session, asking)
+        return await self._end(self._queries.lock_session, asking)
 
     async def expire_idle(self, server: str, idle_timeout: float) -> int:
         """End what has been idle for `idle_timeout` seconds by the database's clock; how many sessions."""
@@ -72,16 +73,19 @@ class Finisher:
         for (session_id,) in await self._database.fetch(
             self._queries.idle_sessions, {"server": server, "idle": idle_timeout}
         ):
-            ended += await self._end(self._queries.expire_session, {"session": session_id, "idle": idle_timeout})
+            ended += await self._end(
+                self._queries.lock_idle_session, {"session": session_id, "idle": idle_timeout, "reason": "idle"}
+            )
         return ended
 
-    async def _end(self, statement: bytes, parameters: dict[str, Any]) -> bool:
+    async def _end(self, lock: bytes, parameters: dict[str, Any]) -> bool:
         session_id = parameters["session"]
         try:
             async with self._database.connection() as connection, connection.transaction():
-                cursor = await connection.execute(statement, parameters)
+                cursor = await connection.execute(lock, parameters)
                 if await cursor.fetchone() is None:
                     return False
+                await connection.execute(self._queries.end_session, parameters)
                 cursor = await connection.execute(self._queries.open_streams, {"session": session_id})
                 streams = await cursor.fetchall()
                 finished = await self._finish(connection, streams, "session_ended")

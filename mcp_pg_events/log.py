@@ -29,7 +29,7 @@ from .backend import (
     Stream,
 )
 from .database import Database, translate
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DatabaseUnavailable
 from .fetcher import Fetcher
 from .finish import Finisher
 from .hub import Hub
@@ -104,9 +104,10 @@ class Log:
                 row = await cursor.fetchone()
         except (psycopg.Error, OSError) as error:
             raise translate(error) from error
-        assert row is not None
-        standalone, number, created_at = row
-        return OpenedSession(standalone, self._own(number, key.session_id, created_at))
+        if row is None:
+            raise self._gone(parameters["me"])
+        standalone, number, created_at, epoch = row
+        return OpenedSession(standalone, self._own(parameters["me"], epoch, number, key.session_id, created_at))
 
     async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> None:
         await self._database.fetch(
@@ -156,6 +157,7 @@ class Log:
             SessionUnknown: no such session for this asker.
             RequestInFlight: a request with this id is running in the session, on whichever worker.
         """
+        me = self._identity.number
         rows = await self._database.fetch(
             self._queries.open_stream,
             _asking(key)
@@ -163,28 +165,40 @@ class Log:
                 "request_id": request_id,
                 "request_key": request_key,
                 "method": method.replace("\0", "")[:200],
-                "me": self._identity.number,
+                "me": me,
                 "restore": restore,
             },
         )
         if not rows:
             raise SessionUnknown
-        number, created_at, busy, busy_worker, busy_created_at, protocol_version, *record = rows[0]
+        epoch, number, created_at, busy, busy_worker, busy_created_at, protocol_version, *record = rows[0]
+        if epoch is None:
+            raise self._gone(me)
         if number is None:
-            if busy is None or busy_worker != self._identity.number or self._writer.owns(busy):
+            if busy is None or busy_worker != me or self._writer.owns(busy):
                 raise RequestInFlight
             # This worker's, yet it knows nothing of it: the statement ran twice, since its first answer was lost.
             number, created_at = busy, busy_created_at
-        stream = self._own(number, key.session_id, created_at)
+        stream = self._own(me, epoch, number, key.session_id, created_at)
         restored = _record((record[0], protocol_version, *record[1:])) if restore else None
         if protocol_version is None or (restore and restored is None):
             raise SessionUnknown
         return Call(stream, protocol_version, restored)
 
-    def _own(self, number: int, session_id: str, created_at: datetime) -> Stream:
+    def _own(self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime) -> Stream:
+        if worker != self._identity.number or self._writer.lost:
+            # Declared dead since, so that another worker ends this stream, or has.
+            raise DatabaseUnavailable("This worker has just lost its number; send the request again")
         stream = Stream(number, session_id, created_at)
-        self._writer.opened(stream)
+        self._writer.opened(stream, epoch)
         return stream
+
+    def _gone(self, worker: int) -> DatabaseUnavailable:
+        if worker == self._identity.number:
+            self._writer.declared_dead()
+        return DatabaseUnavailable(
+            "This worker was declared dead and takes a new number; the request may be sent again"
+        )
 
     async def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> int:
         """See `Writer.append`."""

@@ -56,22 +56,28 @@ _statement(
                LIMIT %(limit)s) live)
     """,
 )
+_OWNER = """
+    owner AS (SELECT epoch FROM {s}.workers WHERE number = %(me)s AND ended_at IS NULL FOR KEY SHARE)"""
+# Whoever opens a stream locks its own row too: a worker that is being declared dead opens none that nobody would end,
+# and the epoch that comes back tells whether somebody ended it since.
 _statement(
     "open_session",
     # A session is restorable before its id is handed out: its row, its standalone stream and the stream of `initialize`
-    # become visible together. Gives (standalone stream, initialize's stream, its creation).
-    """
-    WITH session AS (
+    # become visible together. Gives (standalone stream, initialize's stream, its creation, its owner's epoch); no row:
+    # this worker was declared dead.
+    "WITH "
+    + _OWNER
+    + """, session AS (
         INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version)
-        VALUES (%(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s)
+        SELECT %(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s FROM owner
     ), standalone AS (
-        INSERT INTO {s}.streams (session_id) VALUES (%(session)s) RETURNING number
+        INSERT INTO {s}.streams (session_id) SELECT %(session)s FROM owner RETURNING number
     ), call AS (
         INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
-        VALUES (%(session)s, %(request_id)s, %(request_key)s, 'initialize', %(me)s, %(me)s, 1)
+        SELECT %(session)s, %(request_id)s, %(request_key)s, 'initialize', %(me)s, %(me)s, 1 FROM owner
         RETURNING number, created_at
     )
-    SELECT standalone.number, call.number, call.created_at FROM standalone, call
+    SELECT standalone.number, call.number, call.created_at, owner.epoch FROM standalone, call, owner
     """,
 )
 _statement(
@@ -104,26 +110,29 @@ _statement(
     "open_stream",
     # A request arrives: is its session alive and the asker's, and its id free? Then its stream is open, its reader is
     # here. The key-share lock makes it wait for a DELETE of the session, or the DELETE for it. Of a stream that is in
-    # the way the row tells whose it is: after a commit of unknown outcome it may be the asker's own.
-    """
-    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    # the way the row tells whose it is: after a commit of unknown outcome it may be the asker's own. Without an epoch,
+    # this worker was declared dead.
+    "WITH "
+    + _OWNER
+    + """, session AS (SELECT * FROM {s}.sessions WHERE """
     + _LIVE
     + """ FOR KEY SHARE), touched AS (
         UPDATE {s}.sessions SET seen_at = now()
          WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
     ), opened AS (
         INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
-        SELECT id, %(request_id)s, %(request_key)s, %(method)s, %(me)s, %(me)s, 1 FROM session
+        SELECT id, %(request_id)s, %(request_key)s, %(method)s, %(me)s, %(me)s, 1 FROM session, owner
         ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
         RETURNING number, created_at
     )
-    SELECT opened.number, opened.created_at, busy.number, busy.worker, busy.created_at, session.protocol_version,
+    SELECT owner.epoch, opened.number, opened.created_at, busy.number, busy.worker, busy.created_at,
+           session.protocol_version,
            CASE WHEN %(restore)s THEN session.initialize END,
            CASE WHEN %(restore)s THEN session.log_level END,
            CASE WHEN %(restore)s THEN session.subscriptions END,
            CASE WHEN %(restore)s THEN
                (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL) END
-      FROM session LEFT JOIN opened ON true
+      FROM session LEFT JOIN owner ON true LEFT JOIN opened ON true
       LEFT JOIN {s}.streams busy ON opened.number IS NULL AND busy.session_id = session.id
            AND busy.request_key = %(request_key)s AND busy.final_seq IS NULL
     """,
@@ -160,22 +169,23 @@ _statement(
 # --- ending: DELETE, idle time-out, a dead worker's calls -------------------------------------------------------------
 
 _statement(
-    "end_session",
+    "lock_session",
+    # FOR UPDATE, which an UPDATE of these columns alone would not take: it waits for the requests that are being opened
+    # (`open_stream` holds FOR KEY SHARE), so that the next statement sees their streams.
+    "SELECT id FROM {s}.sessions WHERE " + _LIVE + " FOR UPDATE",
+)
+_statement(
+    "lock_idle_session",
+    # As above for the idle time-out, which asks no owner: the row must still be idle when it is locked.
     """
-    UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s
-     WHERE """
-    + _LIVE
-    + """ RETURNING id
+    SELECT id FROM {s}.sessions
+     WHERE id = %(session)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
+       FOR UPDATE
     """,
 )
 _statement(
-    "expire_session",
-    # As above for the idle time-out, which asks no owner: the row must still be idle when it is locked.
-    """
-    UPDATE {s}.sessions SET ended_at = now(), ended_reason = 'idle'
-     WHERE id = %(session)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
-    RETURNING id
-    """,
+    "end_session",
+    "UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s WHERE id = %(session)s",
 )
 _statement(
     "open_streams",

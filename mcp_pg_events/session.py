@@ -186,6 +186,9 @@ class Session:
         call = self._calls[coerce_request_id(message.id)] = _Call(message, stream)
         stream.on_ended = lambda: self._cancel(call)
         self._feed(message, self._metadata(request, call))
+        if stream.ended:
+            # While the session was being restored: its DELETE, say.
+            self._cancel(call)
 
     def deliver(self, message: JSONRPCMessage, request: Request | None) -> None:
         """A client's notification, or its answer to a request of ours that names this session object."""

@@ -47,8 +47,7 @@ class PostgresStore(EventStore):
         listen_dsn: A direct connection for LISTEN, where `dsn` goes through a pooler in transaction mode.
         schema: The schema that `mcp-pg-events migrate` made.
         max_connections: Upper bound of the pool for requests. A worker has three connections more: one each to write,
-        to
-            wake other workers, and to listen.
+            to wake other workers, and to listen.
         prepare_threshold: As in psycopg; None for a pooler that knows no prepared statements.
         outage_timeout: How long (seconds) calls and resuming clients wait for a database that is away.
         drain_timeout: How long (seconds) running calls may go on after SIGTERM.
@@ -196,8 +195,7 @@ class PostgresStore(EventStore):
         """End sessions of `server` that were idle for `idle_timeout` seconds by the database's clock."""
         await self._running_worker.finisher.expire_idle(server, idle_timeout)
 
-    # --- going
-    # ---------------------------------------------------------------------------------------------------------
+    # --- going --------------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
         """Leave politely: end every response so that clients resume elsewhere, take no new session, let running calls
@@ -230,8 +228,7 @@ class PostgresStore(EventStore):
             for number in left:
                 worker.writer.ended_elsewhere(number)
 
-    # --- the SDK's EventStore
-    # ------------------------------------------------------------------------------------------
+    # --- the SDK's EventStore -----------------------------------------------------------------------------------------
 
     def for_session(self, session_id: str) -> EventStore:
         """The SDK's `EventStore` for one session, for those who wire their own transport.

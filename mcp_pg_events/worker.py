@@ -97,6 +97,7 @@ class Worker:
             self.waker.add,
             outage_timeout=settings.outage_timeout,
             on_lost=self._lost,
+            on_broken=lambda stream: self.spawn(self.finisher.finish_own([stream], "not_stored")),
         )
         self.finisher = Finisher(
             self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix, schema_oid
@@ -211,8 +212,7 @@ class Worker:
             except Error as error:
                 logger.warning("Partitions could not be made ahead: %s", error)
 
-    # --- what arrives
-    # --------------------------------------------------------------------------------------------------
+    # --- what arrives -------------------------------------------------------------------------------------------------
 
     def _notified(self, payload: str) -> None:
         kind, rest = payload[:1], payload[1:]
@@ -253,8 +253,7 @@ class Worker:
                 self._queries.touch_sessions, {"sessions": TextArray(session.encode() for session in sessions)}
             )
 
-    # --- losing the identity
-    # -------------------------------------------------------------------------------------------
+    # --- losing the identity ------------------------------------------------------------------------------------------
 
     def _lost(self, error: Error) -> None:
         """This worker was declared dead, or gave its calls up. It goes on as another one."""
@@ -263,9 +262,10 @@ class Worker:
         for app in self.apps:
             app.end_all()
         if self._renewal is None or self._renewal.done():
-            self._renewal = asyncio.create_task(self._renew(), name="mcp_pg_events.renew")
+            reason = "outage" if isinstance(error, DatabaseUnavailable) else "worker_lost"
+            self._renewal = asyncio.create_task(self._renew(reason), name="mcp_pg_events.renew")
 
-    async def _renew(self) -> None:
+    async def _renew(self, reason: str) -> None:
         old = self.identity.number
         while True:
             try:
@@ -277,12 +277,11 @@ class Worker:
         self.writer.renew()
         logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
         try:
-            await self.finisher.reap(old, "worker_lost", grace=0, unresponsive=0)
+            await self.finisher.reap(old, reason, grace=0, unresponsive=0)
         except Error as error:
             logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
 
-    # --- odds and ends
-    # -------------------------------------------------------------------------------------------------
+    # --- odds and ends ------------------------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         async def run() -> None:

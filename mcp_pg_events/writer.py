@@ -37,6 +37,9 @@ PENDING_BYTES: Final = 64 * 1024 * 1024
 """What may wait for the database before appends wait for room."""
 
 
+_ENDED: Final = "The stream has ended, so nothing more can follow in it"
+
+
 class Identity:
     """This worker's number in the database and its fence, shared by all parts; both change when it was declared
     dead."""
@@ -63,7 +66,8 @@ class Writer:
     """Appends of all callers, in the order in which they came, one flush at a time.
 
     `outage_timeout` (seconds) bounds how long appends wait for a database that does not answer; `on_lost` is called
-    once when it passed, or when this worker was declared dead: every append then fails until `renew`.
+    once when it passed, or when this worker was declared dead: every append then fails until `renew`. `on_broken` is
+    called for a stream that cannot go on, since the database refuses one of its events.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Writer:
         *,
         outage_timeout: float,
         on_lost: Callable[[Error], None],
+        on_broken: Callable[[int], None],
     ) -> None:
         self._connect = connect
         self._queries = queries
@@ -83,6 +88,7 @@ class Writer:
         self._wake = wake
         self._outage_timeout = outage_timeout
         self._on_lost = on_lost
+        self._on_broken = on_broken
         self._identity = identity
         self._connection: Connection | None = None
         self._queue: deque[_Entry] = deque()
@@ -95,6 +101,7 @@ class Writer:
         self.idle.set()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
+        self._unsure = False
         self._lost: Error | None = StoreClosed()
         self.stalled_since: float | None = None
         """When (loop time) the database stopped taking events; None while it takes them."""
@@ -109,6 +116,12 @@ class Writer:
     def renew(self) -> None:
         """Go on under a new number. Streams opened under the old one stay refused."""
         self._lost = None
+        self._unsure = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether this worker has no identity to write under, for now."""
+        return self._lost is not None
 
     async def stop(self) -> None:
         """Store what is queued, then end. Bounded by what the caller allows."""
@@ -127,10 +140,12 @@ class Writer:
         """The sessions with a call that runs here."""
         return {stream.session_id for stream in self._open.values()}
 
-    def opened(self, stream: Stream) -> None:
-        """A stream of this worker's own: it is told when somebody else ends it."""
+    def opened(self, stream: Stream, epoch: int) -> None:
+        """A stream of this worker's own, opened at `epoch`: it is told when somebody else ends it."""
         self._open[stream.number] = stream
         self.idle.clear()
+        # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
+        self._unsure |= epoch < self._identity.epoch
 
     def _closed(self, number: int) -> Stream | None:
         stream = self._open.pop(number, None)
@@ -163,7 +178,7 @@ class Writer:
         if self._lost is not None:
             raise self._lost
         if stream.closed:
-            raise AppendRefused("The stream has ended, so nothing more can follow in it")
+            raise AppendRefused(_ENDED)
         seq = stream.next_seq
         if not stream.shared:
             stream.next_seq = seq + 1
@@ -189,10 +204,19 @@ class Writer:
         own: list[_Entry] = []
         shared: list[_Entry] = []
         size = 0
+        # Several objects may stand for a shared stream here, each unaware of the other's final.
+        finals: set[int] = set()
         while self._queue and len(own) + len(shared) < BATCH_EVENTS and size < BATCH_BYTES:
             entry = self._queue.popleft()
             size += len(entry.payload)
-            (shared if entry.stream.shared else own).append(entry)
+            if not entry.stream.shared:
+                own.append(entry)
+            elif entry.stream.number in finals:
+                _fail(entry, AppendRefused(_ENDED))
+            else:
+                shared.append(entry)
+                if entry.final:
+                    finals.add(entry.stream.number)
         self._pending_bytes -= size
         self._room.set()
         return own, shared
@@ -201,16 +225,19 @@ class Writer:
         """Store a batch, whatever it takes within the bound; then publish, acknowledge, wake."""
         self._flushes += 1
         origin = f"{self._identity.number}-{self._flushes}"
-        doubtful = refused = False
+        doubtful = False
         partitions_made = 0
         pause = 0.0
-        while batch and self._lost is None:
+        while self._lost is None:
+            # Also after a refusal that another batch met while this one's events were queued.
+            batch = _still_open(batch)
+            if not batch:
+                return
             try:
                 if self._connection is None or self._connection.closed:
                     self._connection = await self._connect()
-                if refused:
-                    batch = await self._after_refusal(batch)
-                    refused = False
+                if self._unsure:
+                    await self._find_ended()
                     continue
                 if doubtful and await self._find_stored(batch, origin):
                     stored_at = await self._clock()
@@ -220,7 +247,7 @@ class Writer:
                 self._acknowledge(batch, stored_at)
                 return
             except _Refused:
-                refused = True
+                self._unsure = True
             except errors.CheckViolation as error:
                 if partitions_made == 3 or not await self._make_partition():
                     await self._refuse_or_split(batch, store, error)
@@ -286,7 +313,7 @@ class Writer:
         for entry in batch:
             if entry.seq == 0:
                 entry.stream.closed = True
-                _fail(entry, AppendRefused("The stream has ended, so nothing more can follow in it"))
+                _fail(entry, AppendRefused(_ENDED))
                 continue
             streams.add(entry.stream.number)
             self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at))
@@ -353,34 +380,28 @@ class Writer:
             return is_outage(error)
         return True
 
-    async def _after_refusal(self, batch: list[_Entry]) -> list[_Entry]:
-        """The fence refused: somebody ended streams of this worker, or the worker. What is left of the batch."""
+    async def _find_ended(self) -> None:
+        """The fence refused: somebody ended streams of this worker, or the worker. Which?"""
         assert self._connection is not None
         cursor = await self._connection.execute(self._queries.own_epoch, {"me": self._identity.number})
         row = await cursor.fetchone()
         if row is None:
             self._lose(WorkerFenced())
-            return batch
+            return
         cursor = await self._connection.execute(
             self._queries.finished_streams, {"streams": Int8Array(self._open)}, prepare=False
         )
-        # The epoch first, the streams after it: what ends in between raises the epoch again.
+        ended = await cursor.fetchall()
+        # The epoch was read first, the streams after it: what ended in between has raised the epoch again.
         self._identity.epoch = row[0]
-        ended = {number for (number,) in await cursor.fetchall()}
-        left = []
-        for entry in batch:
-            if entry.stream.number in ended:
-                _fail(entry, AppendRefused("The stream has ended, so nothing more can follow in it"))
-            else:
-                left.append(entry)
-        for number in ended:
+        self._unsure = False
+        for (number,) in ended:
             self.ended_elsewhere(number)
-        return left
 
     def ended_elsewhere(self, number: int) -> None:
         """Somebody else wrote a stream's final: its call here is to end."""
         if (stream := self._closed(number)) is not None:
-            stream.closed = True
+            stream.closed = stream.ended = True
             if stream.on_ended is not None:
                 stream.on_ended()
 
@@ -397,11 +418,11 @@ class Writer:
             return
         entry = batch[0]
         logger.error("An event of stream %d could not be stored: %s", entry.stream.number, translate(error))
-        entry.stream.closed = True
-        self._closed(entry.stream.number)
         _fail(entry, AppendRefused(f"The event was not stored: {translate(error)}"))
-        if entry.stream.on_ended is not None:
-            entry.stream.on_ended()
+        if not entry.stream.shared:
+            # Its number is lost, so nothing can follow it but an error that ends the stream.
+            self.ended_elsewhere(entry.stream.number)
+            self._on_broken(entry.stream.number)
 
     def _stalled_too_long(self, error: BaseException, pause: float) -> bool:
         now = asyncio.get_running_loop().time()
@@ -443,6 +464,16 @@ class Writer:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+
+def _still_open(batch: list[_Entry]) -> list[_Entry]:
+    """What is left when the events of streams that somebody else ended are refused."""
+    left = [entry for entry in batch if not entry.stream.ended]
+    if len(left) < len(batch):
+        for entry in batch:
+            if entry.stream.ended:
+                _fail(entry, AppendRefused(_ENDED))
+    return left
 
 
 class _Refused(Exception):

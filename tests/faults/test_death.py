@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import StartWorkers
 from tests.support.mcp_http import Response, Session
 from tests.support.sse import Event
+from tests.support.until import until
 from tests.support.workers import Workers
 
 pytestmark = pytest.mark.anyio
@@ -76,7 +77,7 @@ async def test_a_killed_worker_gives_its_calls_an_error_to_who_waits_and_who_ret
     # Reaped once, by whoever came first; the living worker's call knows nothing of it.
     counted = await rows(
         migrated,
-        "SELECT count(*), count(DISTINCT stream) FROM mcp_events.events WHERE payload LIKE '%%worker_lost%%'",
+        "SELECT count(*), count(DISTINCT stream) FROM mcp_events.events WHERE payload LIKE '%worker_lost%'",
     )
     assert counted == [(2, 2)]
     workers.release("c")
@@ -98,9 +99,7 @@ async def test_a_frozen_worker_is_fenced_after_the_timeout_and_goes_on_under_a_n
     workers[0].resume()
     # It finds out that it was declared dead, and serves on; the call's tool cannot add to its stream any more.
     workers.release("f")
-    async with asyncio.timeout(10):
-        while len(await rows(migrated, "SELECT FROM mcp_events.workers WHERE ended_at IS NULL")) < 2:
-            await asyncio.sleep(0.05)
+    await until(lambda: rows(migrated, "SELECT FROM mcp_events.workers WHERE ended_at IS NULL OFFSET 1"))
     assert await session.call_result("echo", {"text": "back"}, base_url=workers[0].url) == "back"
     stream = int(cursor.split("-")[0])
     events = await rows(migrated, "SELECT seq FROM mcp_events.events WHERE stream = %s ORDER BY seq", stream)
@@ -128,7 +127,7 @@ async def test_terminated_connections_harm_nothing(which: str, migrated: str, st
     await anext(counting.events())
     await trusted(workers, migrated)
     resumed = await session.get(cursor, base_url=workers[1].url)
-    only = "AND query LIKE 'LISTEN%%' OR query LIKE '%%lock_worker%%'" if which == "listener" else ""
+    only = "AND (query LIKE 'LISTEN%' OR query LIKE '%lock_worker%')" if which == "listener" else ""
     ended = await rows(
         migrated,
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -160,7 +159,5 @@ async def test_a_living_worker_that_is_declared_dead_cancels_its_calls_and_serve
     async with asyncio.timeout(10):
         while not (workers.directory / "fenced.cancelled").exists():  # noqa: ASYNC110 (made by another process)
             await asyncio.sleep(0.01)
-    async with asyncio.timeout(5):
-        while not await rows(migrated, "SELECT FROM mcp_events.workers WHERE ended_at IS NULL"):
-            await asyncio.sleep(0.01)
+    await until(lambda: rows(migrated, "SELECT FROM mcp_events.workers WHERE ended_at IS NULL"))
     assert await session.call_result("echo", {"text": "on"}) == "on"

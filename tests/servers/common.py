@@ -68,6 +68,27 @@ async def count_up(
     return f"counted {n}"
 
 
+async def flood_until(
+    key: str, size: int, rate: int, progress: Callable[[float, float | None, str | None], Awaitable[None]]
+) -> str:
+    """Send from 200 tasks in turn, each of which waits for its own, until the file `key` exists; how many were sent."""
+    senders, sent, over = 200, 0, asyncio.Event()
+
+    async def send(number: int) -> None:
+        nonlocal sent
+        while not over.is_set():
+            await progress(0, None, f"{number}".ljust(size))
+            sent += 1
+            await asyncio.sleep(senders * size / rate)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(senders):
+            group.create_task(send(number))
+        await wait_for_file(key)
+        over.set()
+    return str(sent)
+
+
 def log_entry(index: int, logger: str) -> types.LoggingMessageNotification:
     """A log notification that carries its index and the process that sent it."""
     data = {"index": index, "pid": os.getpid()}
@@ -95,6 +116,11 @@ def register(tool: Callable[..., Callable[[Any], Any]], context: type[Any]) -> N
         for index in range(n):
             await ctx.report_progress(index + 1, n, f"{index}".ljust(size))
         return f"burst of {n}"
+
+    @tool()
+    async def flood(key: str, size: int, rate: int, ctx: context) -> str:  # type: ignore[valid-type]
+        """Try to send `rate` bytes a second, in notifications of `size` bytes from 200 tasks, until a file is there."""
+        return await flood_until(key, size, rate, ctx.report_progress)
 
     @tool()
     async def payload(kind: str) -> str:
@@ -173,7 +199,7 @@ def register(tool: Callable[..., Callable[[Any], Any]], context: type[Any]) -> N
     @tool()
     async def block(seconds: float) -> str:
         """Block the event loop."""
-        time.sleep(seconds)
+        time.sleep(seconds)  # noqa: ASYNC251 (that is what the tests want of it)
         return "blocked"
 
     @tool()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class RandomWorkers(httpx2.AsyncBaseTransport):
     workers: Sequence[str]
     rng: random.Random
     cuts: int = 0
-    cut_after: tuple[int, int] = (1, 8)  # pieces of a body; one piece can carry many events
+    cut_after: tuple[int, int] = (1, 8)  # events; one piece of a body can carry many, where the machine is busy
     sent: list[Sent] = field(default_factory=list)
     _inner: httpx2.AsyncHTTPTransport = field(
         default_factory=lambda: httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None))
@@ -77,7 +78,7 @@ class RandomWorkers(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
     def plan_cut(self, stream: str, resumed: bool) -> tuple[int, str] | None:
-        """After how many pieces to cut this response of `stream`, and how; None to leave it whole."""
+        """After how many events to cut this response of `stream`, and how; None to leave it whole."""
         if self._cut_of.get(stream, 0) >= self.cuts:
             return None
         kind = "end" if resumed else self.rng.choice(("error", "end"))
@@ -107,20 +108,26 @@ class _CutStream(httpx2.AsyncByteStream):
         planned: tuple[int, str] | None = None
         plan_made = False
         passed = 0
-        async for piece in self._inner:
+        async for piece in self._pieces():
             if stream is None and piece.startswith(b"id: "):
                 stream = piece[4:].split(b"\r" if b"\r" in piece else b"\n", 1)[0].decode().strip().rpartition("-")[0]
             if stream is not None and not plan_made:
                 planned, plan_made = self._owner.plan_cut(stream, self._resumed), True
-            passed += 1
+            passed += piece.endswith(b"\n\n")
             if stream is not None and planned is not None and passed > planned[0]:
                 self._owner.note_cut(self._sent, stream, planned[1])
-                # Half a piece may get through: a cut does not fall between events.
+                # Half an event may get through: a cut does not fall between events.
                 if planned[1] == "error":
                     yield piece[: self._owner.rng.randrange(len(piece))]
                     raise httpx2.ReadError("The test cut the connection.")
                 return
             yield piece
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """The body, cut where events end."""
+        async for piece in self._inner:
+            for event in re.findall(rb".*?\n\n|.+", piece, re.DOTALL):
+                yield event
 
     async def aclose(self) -> None:
         await self._inner.aclose()
