@@ -5,8 +5,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import errors
-from .durable import durable
-from .store import PostgresStore
+
+if TYPE_CHECKING:
+    from .store import PostgresStore
+    from .takeover import durable
 
 __all__ = ["PostgresStore", "durable", "errors"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: the command line has no use for the SDK, whose import takes a second.
+    modules = {"durable": "takeover", "PostgresStore": "store"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{modules[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -156,7 +156,9 @@ class HTTPEndpoint:
             )
         except RequestInFlight:
             raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
-        subscription = self._hub.subscribe(call.stream.number, key.session_id, 1)
+        subscription = self._hub.subscribe(
+            call.stream.number, key.session_id, 1, resumable=not self._options.json_response
+        )
         try:
             # Asked again: a `restored` elsewhere may have come first.
             session = await self._sessions.ready(key.session_id)
@@ -196,7 +198,9 @@ class HTTPEndpoint:
                 )
                 session.standalone = Stream(opened.standalone, key.session_id, shared=True)
                 established = True
-                subscription = self._hub.subscribe(opened.stream.number, key.session_id, 1)
+                subscription = self._hub.subscribe(
+                    opened.stream.number, key.session_id, 1, resumable=not self._options.json_response
+                )
                 for notice in notices:
                     await self._log.append(opened.stream, _dump(notice))
                 await self._log.append(opened.stream, _dump(answer), final=True)
@@ -220,7 +224,7 @@ class HTTPEndpoint:
             await self._run_reader(reader, subscription, receive, send)
             return
         try:
-            payload = await read_final(subscription, self._log, bound)
+            payload = await read_final(subscription, self._log, bound, self._options.reader.outage_timeout)
         finally:
             self._hub.unsubscribe(subscription)
         if payload is None:

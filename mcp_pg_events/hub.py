@@ -24,14 +24,27 @@ BUFFER_BYTES: Final = 256 * 1024
 
 
 class Subscription:
-    """One reader's live events, in order, or the note that there is something to read."""
+    """One reader's live events, in order, or the note that there is something to read. A response that its client
+    cannot resume (one in JSON) stays when the worker drains."""
 
-    __slots__ = ("_bytes", "_changed", "behind", "end_reason", "events", "generation", "on_end", "session_id", "stream")
+    __slots__ = (
+        "_bytes",
+        "_changed",
+        "behind",
+        "end_reason",
+        "events",
+        "generation",
+        "on_end",
+        "resumable",
+        "session_id",
+        "stream",
+    )
 
-    def __init__(self, stream: int, session_id: str, generation: int) -> None:
+    def __init__(self, stream: int, session_id: str, generation: int, resumable: bool = True) -> None:
         self.stream = stream
         self.session_id = session_id
         self.generation = generation
+        self.resumable = resumable
         self.events: deque[Event] = deque()
         self.behind = False
         self.end_reason: EndReason | None = None
@@ -110,9 +123,9 @@ class Hub:
     def __len__(self) -> int:
         return len(self._subscriptions)
 
-    def subscribe(self, stream: int, session_id: str, generation: int) -> Subscription:
+    def subscribe(self, stream: int, session_id: str, generation: int, *, resumable: bool = True) -> Subscription:
         """Live events from here on. Attach, then subscribe, then read: so nothing falls between."""
-        subscription = Subscription(stream, session_id, generation)
+        subscription = Subscription(stream, session_id, generation, resumable)
         other = self._subscriptions.get(stream)
         if other is not None and other.generation > generation:
             # Two attached at once and their answers overtook each other.
@@ -121,7 +134,7 @@ class Hub:
         if other is not None:
             other.end("superseded")
         self._subscriptions[stream] = subscription
-        if self._draining:
+        if self._draining and resumable:
             subscription.end("drained")
         return subscription
 
@@ -166,9 +179,11 @@ class Hub:
             subscription.end(reason)
 
     def drain(self) -> None:
-        """End every response, also those to come."""
+        """End every response that can be resumed, also those to come."""
         self._draining = True
-        self.end_all("drained")
+        for subscription in list(self._subscriptions.values()):
+            if subscription.resumable:
+                subscription.end("drained")
 
     def sessions(self) -> set[str]:
         """The sessions that somebody reads here."""

@@ -89,16 +89,22 @@ class Listener:
 
     def renew(self) -> None:
         """The worker has a new number: a new channel and a new lock, on a new connection."""
+        # Deaf from now on, so that the row is stamped often until the new lock is held.
+        self.up_since = None
         self._drop()
 
     async def _open(self) -> None:
         connection = await self._connect()
         try:
-            channel = psycopg.sql.Identifier(f"{self._prefix}{self._identity.number}")
-            await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
-            # Waits for nobody: the number is this worker's alone, and an old backend of its own dies with its
-            # connection.
-            await connection.execute(self._queries.lock_worker, {"oid": self._schema_oid, "me": self._identity.number})
+            number = None
+            while number != self._identity.number:
+                # Again, where the worker got a new number meanwhile.
+                number = self._identity.number
+                channel = psycopg.sql.Identifier(f"{self._prefix}{number}")
+                await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
+                # Waits for nobody: the number is this worker's alone, and an old backend of its own dies with its
+                # connection.
+                await connection.execute(self._queries.lock_worker, {"oid": self._schema_oid, "me": number})
         except BaseException:
             await connection.close()
             raise

@@ -93,12 +93,13 @@ class Log:
         try:
             async with self._database.connection() as connection, connection.transaction():
                 if limit is not None:
+                    await connection.execute(self._queries.lock_count, {"server": key.server})
                     cursor = await connection.execute(
                         self._queries.count_sessions,
                         {"server": key.server, "idle": key.idle_timeout, "limit": limit},
                     )
                     row = await cursor.fetchone()
-                    if row is not None and row[1] >= limit:
+                    if row is not None and row[0] >= limit:
                         raise SessionLimit
                 cursor = await connection.execute(self._queries.open_session, parameters)
                 row = await cursor.fetchone()

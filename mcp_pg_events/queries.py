@@ -46,14 +46,19 @@ _statement("ping", "SELECT pg_notify(%(channel)s, %(payload)s)")
 # --- sessions -------------------------------------------------------------------------------------------------------
 
 _statement(
+    "lock_count",
+    # Makes count and insert one step. In a statement of its own, since a statement that waits here has a snapshot from
+    # before and would count too few.
+    "SELECT pg_advisory_xact_lock(hashtextextended('mcp_pg_events.max_sessions.' || %(server)s, 0))",
+)
+_statement(
     "count_sessions",
-    # Live sessions of one server, counted no further than its limit. The lock makes count and insert one step.
+    # Live sessions of one server, counted no further than its limit.
     """
-    SELECT pg_advisory_xact_lock(hashtextextended('mcp_pg_events.max_sessions.' || %(server)s, 0)),
-           (SELECT count(*) FROM (
-               SELECT FROM {s}.sessions WHERE server = %(server)s AND ended_at IS NULL
-                  AND (%(idle)s::float8 IS NULL OR seen_at > now() - make_interval(secs => %(idle)s::float8))
-               LIMIT %(limit)s) live)
+    SELECT count(*) FROM (
+        SELECT FROM {s}.sessions WHERE server = %(server)s AND ended_at IS NULL
+           AND (%(idle)s::float8 IS NULL OR seen_at > now() - make_interval(secs => %(idle)s::float8))
+        LIMIT %(limit)s) live
     """,
 )
 _OWNER = """
@@ -303,7 +308,11 @@ _statement("lock_self", "SELECT epoch FROM {s}.workers WHERE number = %(me)s AND
 _statement("own_epoch", "SELECT epoch FROM {s}.workers WHERE number = %(me)s AND ended_at IS NULL")
 _statement(
     "was_appended",
-    "SELECT EXISTS (SELECT FROM {s}.events WHERE stream = %(stream)s AND seq = %(seq)s AND created_at >= %(bound)s)",
+    # With the payload: the number alone may be that of an error which somebody else ended the stream with.
+    """
+    SELECT EXISTS (SELECT FROM {s}.events WHERE stream = %(stream)s AND seq = %(seq)s AND created_at >= %(bound)s
+                      AND payload = %(payload)s)
+    """,
 )
 _statement(
     "was_appended_shared",

@@ -105,7 +105,8 @@ class SSEReader:
                 events, ended = await self._read()
             else:
                 events = [event for event in subscription.take() if event.seq > self.position]
-                if events and events[0].seq != self.position + 1:
+                if any(event.seq != self.position + place for place, event in enumerate(events, 1)):
+                    # In between came what another worker wrote into a shared stream.
                     subscription.behind = True
                     continue
                 ended = bool(events) and events[-1].final
@@ -163,15 +164,31 @@ class SSEReader:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def read_final(subscription: Subscription, log: EventLog, stream_bound: datetime) -> bytes | None:
-    """The payload of the stream's final, for an answer in JSON; None when the session ended without one."""
+async def read_final(
+    subscription: Subscription, log: EventLog, stream_bound: datetime, outage_timeout: float
+) -> bytes | None:
+    """The payload of the stream's final, for an answer in JSON; None when the session ended without one.
+
+    Raises:
+        errors.Error: the log could not be read for `outage_timeout` seconds.
+    """
+    clock = asyncio.get_running_loop().time
     position = 0
+    last_read = clock()
     while True:
         if subscription.end_reason is not None:
             return None
         if subscription.behind:
             subscription.behind = False
-            page = await log.read(subscription.stream, position, stream_bound)
+            try:
+                page = await log.read(subscription.stream, position, stream_bound)
+            except Error:
+                if clock() - last_read > outage_timeout:
+                    raise
+                subscription.behind = True
+                await asyncio.sleep(0.25)
+                continue
+            last_read = clock()
             events, ended = page.events, page.ended
         else:
             events, ended = subscription.take(), False
@@ -181,7 +198,8 @@ async def read_final(subscription: Subscription, log: EventLog, stream_bound: da
                 return event.payload
         if ended:
             return None
-        await subscription.wait(5.0)
+        if not await subscription.wait(5.0):
+            subscription.behind = True
 
 
 async def _wait_for_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:

@@ -266,20 +266,20 @@ class Worker:
             self._renewal = asyncio.create_task(self._renew(reason), name="mcp_pg_events.renew")
 
     async def _renew(self, reason: str) -> None:
-        old = self.identity.number
-        while True:
+        while self.writer.lost:
+            old = self.identity.number
             try:
                 await self._register()
-                break
             except Error:
                 await asyncio.sleep(1)
-        self.listener.renew()
-        self.writer.renew()
-        logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
-        try:
-            await self.finisher.reap(old, reason, grace=0, unresponsive=0)
-        except Error as error:
-            logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
+                continue
+            self.listener.renew()
+            self.writer.renew()
+            logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
+            try:
+                await self.finisher.reap(old, reason, grace=0, unresponsive=0)
+            except Error as error:
+                logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
 
     # --- odds and ends ------------------------------------------------------------------------------------------------
 

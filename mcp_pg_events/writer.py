@@ -342,7 +342,12 @@ class Writer:
             if not first.stream.shared:
                 cursor = await connection.execute(
                     self._queries.was_appended,
-                    {"stream": first.stream.number, "seq": first.seq, "bound": bound},
+                    {
+                        "stream": first.stream.number,
+                        "seq": first.seq,
+                        "bound": bound,
+                        "payload": first.payload.decode(),
+                    },
                     prepare=False,
                 )
                 row = await cursor.fetchone()

@@ -92,33 +92,34 @@ def durable(
     elif store_options:
         raise ConfigurationError(f"Give {', '.join(store_options)} to the PostgresStore, since durable() was given one")
     options = _Options(name, owner, keep_alive, poll_interval)
-    endpoint = _find_endpoint(app)
+    holder, endpoint = _find_endpoint(app)
     manager = endpoint.session_manager
-    if isinstance(manager, _Unstarted) or isinstance(getattr(manager, "asgi_app", None), _Gate):
+    if isinstance(endpoint, _Front) or isinstance(getattr(manager, "asgi_app", None), _Gate):
         raise ConfigurationError("This app is durable already")
     if manager is None:
-        _wrap_lifespan(app, endpoint, store, options)
+        _wrap_lifespan(app, holder, endpoint, store, options)
     else:
         _refuse_unsuitable(manager)
         _wrap_manager(manager, store, options)
     return app
 
 
-def _find_endpoint(app: Starlette) -> Any:
-    """The ASGI app that holds the session manager: a route's endpoint, behind whatever authentication wraps it."""
-    found: list[Any] = []
+def _find_endpoint(app: Starlette) -> tuple[Any, Any]:
+    """The ASGI app that has the session manager, a route's endpoint behind whatever authentication wraps it; and before
+    it whatever has it as its `app`."""
+    found: list[tuple[Any, Any]] = []
     routes = list(getattr(app, "routes", None) or ())
     while routes:
         route = routes.pop()
         routes += getattr(route, "routes", None) or ()
-        candidate = getattr(route, "app", None)
+        holder, candidate = route, getattr(route, "app", None)
         for _ in range(16):
             if candidate is None or hasattr(candidate, "session_manager"):
                 break
-            candidate = getattr(candidate, "app", None)
-        if candidate is not None and hasattr(candidate, "session_manager") and candidate not in found:
-            found.append(candidate)
-    if len(found) != 1:
+            holder, candidate = candidate, getattr(candidate, "app", None)
+        if candidate is not None and hasattr(candidate, "session_manager"):
+            found.append((holder, candidate))
+    if len({id(endpoint) for _, endpoint in found}) != 1:
         raise ConfigurationError(
             f"durable() found {len(found) or 'no'} Streamable HTTP endpoints in the app; give it what one server's "
             "streamable_http_app() or http_app() returned"
@@ -138,7 +139,7 @@ def _refuse_unsuitable(manager: StreamableHTTPSessionManager) -> None:
 class _Gate:
     """In the session manager's place: handshake-era requests to the durable endpoint, all others to the SDK."""
 
-    def __init__(self, modern: ASGIApp | None) -> None:
+    def __init__(self, modern: ASGIApp) -> None:
         self._modern = modern
         self.endpoint: ASGIApp | None = None
         self._explained = False
@@ -151,17 +152,26 @@ class _Gate:
                 logger.error(_RECIPE)
                 self._explained = True
             await _not_started(scope, receive, send)
-        elif version is None or version in HANDSHAKE_PROTOCOL_VERSIONS or self._modern is None:
+        elif version is None or version in HANDSHAKE_PROTOCOL_VERSIONS:
             await self.endpoint(scope, receive, send)
         else:
             await self._modern(scope, receive, send)
 
 
-class _Unstarted:
-    """Stands on FastMCP's endpoint until its lifespan has made the session manager."""
+class _Front:
+    """Before FastMCP's endpoint, which each lifespan gives a new session manager: no lifespan reaches this gate but
+    `durable`'s own."""
 
-    def __init__(self, gate: _Gate) -> None:
-        self.handle_request = gate
+    def __init__(self, endpoint: Any, gate: _Gate) -> None:
+        self._endpoint = endpoint
+        self._gate = gate
+
+    @property
+    def session_manager(self) -> Any:
+        return self._endpoint.session_manager
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._gate(scope, receive, send)
 
 
 async def _not_started(scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,25 +193,24 @@ def _wrap_manager(manager: StreamableHTTPSessionManager, store: PostgresStore, o
     manager.run = run  # type: ignore[method-assign]  # the instance's; the class stays as it is
 
 
-def _wrap_lifespan(app: Starlette, endpoint: Any, store: PostgresStore, options: _Options) -> None:
-    """FastMCP makes its session manager anew in each lifespan, so the gate goes in there."""
-    waiting = _Unstarted(_Gate(None))
+def _wrap_lifespan(app: Starlette, holder: Any, endpoint: Any, store: PostgresStore, options: _Options) -> None:
+    """FastMCP's apps: the session manager is made in the lifespan."""
+    gate = _Gate(endpoint)
+    holder.app = _Front(endpoint, gate)
     original = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(running: Any) -> AsyncIterator[Any]:
-        try:
-            async with store, original(running) as state:
-                manager = endpoint.session_manager
-                _refuse_unsuitable(manager)
-                gate = _Gate(manager.asgi_app)
-                manager.asgi_app = gate
-                async with _serving(manager, gate, store, options):
-                    yield state
-        finally:
-            endpoint.session_manager = waiting
+        async with store, original(running) as state:
+            manager = endpoint.session_manager
+            if manager is None:
+                # The app was mounted in this one, and nobody runs its lifespan: the gate stays shut.
+                yield state
+                return
+            _refuse_unsuitable(manager)
+            async with _serving(manager, gate, store, options):
+                yield state
 
-    endpoint.session_manager = waiting
     app.router.lifespan_context = lifespan
 
 
