@@ -136,6 +136,8 @@ class Attachment:
     bound: datetime
     standalone: bool
     protocol_version: str
+    complete: bool
+    """The final is behind the position: nothing will ever follow."""
 
 
 class EventLog(Protocol):

@@ -8,10 +8,14 @@ on them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, Final, LiteralString
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, conninfo, errors
@@ -21,11 +25,12 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from . import arrays
 from .errors import ConfigurationError, DatabaseUnavailable, Error, NotMigrated
 
-__all__ = ["Connection", "Database", "connect", "is_outage", "normalise_dsn", "translate"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Connection", "Database", "Limit", "connect", "is_outage", "normalise_dsn", "translate"]
 
 Connection = AsyncConnection[TupleRow]
+T = TypeVar("T")
+
+POOL_NAME: Final = "mcp_pg_events"
 
 # With a query or a NOTIFY in flight, keepalives alone left a dead peer's locks held past 45 s; with the user time-out
 # it took 9 s (measured). Both are libpq parameters and yield to what the DSN says.
@@ -94,6 +99,8 @@ def translate(error: BaseException) -> Error:
         )
     if isinstance(error, PoolTimeout):
         return DatabaseUnavailable("No connection to PostgreSQL was to be had in time; check that it runs")
+    if isinstance(error, TimeoutError):
+        return DatabaseUnavailable("PostgreSQL did not answer in time; check that it runs, and what holds its locks")
     text = " ".join(str(error).split()) if isinstance(error, psycopg.Error | OSError) else type(error).__name__
     return DatabaseUnavailable(
         f"PostgreSQL cannot be used ({text[:300]}); check that it runs and that the DSN is right"
@@ -116,10 +123,59 @@ async def connect(dsn: str, *, prepare_threshold: int | None = 5, name: str | No
     return connection
 
 
+class Limit:
+    """Ends what runs on a connection inside this block after some seconds, by TimeoutError.
+
+    It asks the server to cancel, and closes the socket a second later: a frozen server answers nothing while its kernel
+    goes on acknowledging. A connection on which that happened is closed, since the cancellation may still be on its
+    way. The statement may have been committed all the same.
+    """
+
+    __slots__ = ("_connection", "_seconds", "_task", "_timer", "expired")
+
+    def __init__(self, connection: Connection, seconds: float) -> None:
+        self._connection = connection
+        self._seconds = seconds
+        self._task: asyncio.Task[None] | None = None
+        self.expired = False
+
+    def __enter__(self) -> Limit:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        if self.expired:
+            self._connection.pgconn.finish()
+            if isinstance(error, psycopg.Error):
+                raise TimeoutError from error
+
+    def _ask(self) -> None:
+        self.expired = True
+        self._task = asyncio.create_task(self._cancel(), name="mcp_pg_events.cancel")
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._cut)
+
+    async def _cancel(self) -> None:
+        with contextlib.suppress(psycopg.Error, OSError):
+            await self._connection.cancel_safe(timeout=1.0)
+
+    def _cut(self) -> None:
+        with (
+            contextlib.suppress(psycopg.Error, OSError),
+            socket.socket(fileno=os.dup(self._connection.fileno())) as twin,
+        ):
+            twin.shutdown(socket.SHUT_RDWR)
+
+
 class Database:
-    """A pool, and statements that survive the death of a pooled connection."""
+    """A pool, and statements that survive the death of a pooled connection and end when the database hangs."""
 
     def __init__(self, dsn: str, *, max_connections: int, prepare_threshold: int | None) -> None:
+        _quieten_pool()
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             normalise_dsn(dsn),
             min_size=1,
@@ -129,7 +185,7 @@ class Database:
             configure=_configure,
             timeout=5,
             reconnect_timeout=2,
-            name="mcp_pg_events",
+            name=POOL_NAME,
         )
 
     async def open(self) -> None:
@@ -137,12 +193,6 @@ class Database:
 
     async def close(self) -> None:
         await self._pool.close(timeout=2)
-
-    @asynccontextmanager
-    async def connection(self, patience: float = 5.0) -> AsyncIterator[Connection]:
-        """A pooled connection; `patience` is how long to wait for one, in seconds."""
-        async with self._pool.connection(timeout=patience) as connection:
-            yield connection
 
     async def fetch(
         self,
@@ -160,16 +210,46 @@ class Database:
         Raises:
             DatabaseUnavailable: the outage outlasted `patience`.
         """
+
+        async def run(connection: Connection) -> list[TupleRow]:
+            cursor = await connection.execute(statement, parameters, prepare=prepare)
+            return await cursor.fetchall() if cursor.description else []
+
+        return await self._run(run, patience, lambda: True)
+
+    async def transaction(self, work: Callable[[Connection], Awaitable[T]], *, patience: float = 2.0) -> T:
+        """Do `work` in one transaction, and what it returns. It begins again only where it could not begin.
+
+        Raises:
+            DatabaseUnavailable: there was no connection within `patience` seconds, or the transaction took longer; it
+                may have been committed.
+        """
+        begun = False
+
+        async def run(connection: Connection) -> T:
+            nonlocal begun
+            async with connection.transaction():
+                begun = True
+                return await work(connection)
+
+        return await self._run(run, patience, lambda: not begun)
+
+    async def _run(self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool]) -> T:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
         pause = 0.0
         while True:
             try:
-                async with self.connection(max(0.1, deadline - loop.time())) as connection:
-                    cursor = await connection.execute(statement, parameters, prepare=prepare)
-                    return await cursor.fetchall() if cursor.description else []
+                async with self._pool.connection(timeout=max(0.1, deadline - loop.time())) as connection:
+                    with Limit(connection, max(0.1, deadline - loop.time())):
+                        try:
+                            return await work(connection)
+                        except errors.ReadOnlySqlTransaction:
+                            # What this connection leads to takes no writes; the next one may lead elsewhere.
+                            await connection.close()
+                            raise
             except (psycopg.Error, PoolTimeout, OSError) as error:
-                if not is_outage(error) or loop.time() + pause >= deadline:
+                if not is_outage(error) or not again() or loop.time() + pause >= deadline:
                     raise translate(error) from error
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 2 or 0.02)
@@ -177,3 +257,33 @@ class Database:
 
 async def _configure(connection: Connection) -> None:
     arrays.register(connection.adapters)
+
+
+class _Sparingly(logging.Filter):
+    """Of what our pool says of attempts to connect, one line a minute of each kind: an outage has hundreds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        arguments = record.args
+        if not (isinstance(arguments, tuple) and arguments and arguments[0] == POOL_NAME):
+            return True
+        text = " ".join(record.getMessage().split())
+        if text.startswith("reconnection attempt"):
+            return False
+        now = time.monotonic()
+        if now - self._said.get(text, -60.0) < 60.0:
+            return False
+        if len(self._said) > 100:
+            self._said.clear()
+        self._said[text] = now
+        record.msg, record.args = text, ()
+        return True
+
+
+def _quieten_pool() -> None:
+    pool = logging.getLogger("psycopg.pool")
+    if not any(isinstance(found, _Sparingly) for found in pool.filters):
+        pool.addFilter(_Sparingly())

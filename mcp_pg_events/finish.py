@@ -12,12 +12,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-import psycopg
 from mcp_types import CONNECTION_CLOSED
 from psycopg.rows import TupleRow
 
 from .arrays import Int8Array
-from .database import Connection, Database, translate
+from .database import Connection, Database
 from .hub import Hub
 from .queries import Queries
 from .writer import MARGIN, Identity
@@ -25,6 +24,9 @@ from .writer import MARGIN, Identity
 __all__ = ["Finisher", "final_error"]
 
 logger = logging.getLogger(__name__)
+
+PATIENCE: Final = 5.0
+"""What the end of a session or of a worker may take, in seconds: it waits for the appends under way."""
 
 _MESSAGES: Final = {
     "worker_lost": "The worker running this request is gone",
@@ -80,19 +82,22 @@ class Finisher:
 
     async def _end(self, lock: bytes, parameters: dict[str, Any]) -> bool:
         session_id = parameters["session"]
-        try:
-            async with self._database.connection() as connection, connection.transaction():
-                cursor = await connection.execute(lock, parameters)
-                if await cursor.fetchone() is None:
-                    return False
-                await connection.execute(self._queries.end_session, parameters)
-                cursor = await connection.execute(self._queries.open_streams, {"session": session_id})
-                streams = await cursor.fetchall()
-                finished = await self._finish(connection, streams, "session_ended")
-                cursor = await connection.execute(self._queries.close_standalone, {"session": session_id})
-                finished |= {number for (number,) in await cursor.fetchall()}
-        except (psycopg.Error, OSError) as error:
-            raise translate(error) from error
+
+        async def end(connection: Connection) -> tuple[list[TupleRow], set[int]] | None:
+            cursor = await connection.execute(lock, parameters)
+            if await cursor.fetchone() is None:
+                return None
+            await connection.execute(self._queries.end_session, parameters)
+            cursor = await connection.execute(self._queries.open_streams, {"session": session_id})
+            streams = await cursor.fetchall()
+            finished = await self._finish(connection, streams, "session_ended")
+            cursor = await connection.execute(self._queries.close_standalone, {"session": session_id})
+            return streams, finished | {number for (number,) in await cursor.fetchall()}
+
+        ended = await self._database.transaction(end, patience=PATIENCE)
+        if ended is None:
+            return False
+        streams, finished = ended
         self._on_session_ended(session_id)
         self._announce(finished)
         elsewhere = {worker for row in streams for worker in row[1:3] if worker is not None} - {self._identity.number}
@@ -103,59 +108,60 @@ class Finisher:
             )
         return True
 
-    async def reap(self, worker: int, reason: str, *, grace: float, unresponsive: float) -> bool:
-        """Declare a worker dead, if it still looks it once its row is locked, and end its calls.
+    async def reap(
+        self, worker: int, reason: str, *, grace: float, unresponsive: float, patience: float = PATIENCE
+    ) -> bool:
+        """Declare a worker dead, if it still looks it once its row is locked, and end its calls; or this one, for good.
 
         True when this call did it. Doing it again, or from two workers at once, changes nothing.
         """
-        try:
-            async with self._database.connection() as connection, connection.transaction():
-                await connection.execute("SET LOCAL lock_timeout = '5s'")
-                await connection.execute(self._queries.lock_workers, {"workers": Int8Array([worker])})
-                if worker != self._identity.number and worker not in await self._suspects(
-                    connection, grace, unresponsive
-                ):
-                    return False
-                cursor = await connection.execute(self._queries.end_worker, {"worker": worker, "reason": reason})
-                if await cursor.fetchone() is None:
-                    return False
-                cursor = await connection.execute(self._queries.worker_streams, {"worker": worker})
-                streams = await cursor.fetchall()
-                finished = await self._finish(connection, streams, reason)
-                await connection.execute(self._queries.forget_readers, {"worker": worker})
-        except (psycopg.Error, OSError) as error:
-            raise translate(error) from error
-        logger.warning("Worker %d is gone (%s); %d running calls ended with it", worker, reason, len(finished))
+
+        async def end(connection: Connection) -> set[int] | None:
+            await connection.execute(self._queries.lock_workers, {"workers": Int8Array([worker])})
+            if worker != self._identity.number and worker not in await self._suspects(connection, grace, unresponsive):
+                return None
+            cursor = await connection.execute(self._queries.end_worker, {"worker": worker, "reason": reason})
+            if await cursor.fetchone() is None:
+                return None
+            cursor = await connection.execute(self._queries.worker_streams, {"worker": worker})
+            finished = await self._finish(connection, await cursor.fetchall(), reason)
+            await connection.execute(self._queries.forget_readers, {"worker": worker})
+            return finished
+
+        finished = await self._database.transaction(end, patience=patience)
+        if finished is None:
+            return False
+        level = logging.INFO if reason == "shutdown" else logging.WARNING
+        logger.log(level, "Worker %d is gone (%s); %d running calls ended with it", worker, reason, len(finished))
         self._announce(finished)
         return True
 
     async def suspects(self, grace: float, unresponsive: float) -> list[int]:
         """Other workers that look dead: `grace` without lock and stamp, or `unresponsive` without a stamp (seconds)."""
-        async with self._database.connection() as connection:
-            return await self._suspects(connection, grace, unresponsive)
+        rows = await self._database.fetch(self._queries.suspects, self._suspecting(grace, unresponsive))
+        return [number for (number,) in rows]
 
     async def _suspects(self, connection: Connection, grace: float, unresponsive: float) -> list[int]:
-        cursor = await connection.execute(
-            self._queries.suspects,
-            {
-                "me": self._identity.number,
-                "schema_oid": self._schema_oid,
-                "grace": grace,
-                "unresponsive": unresponsive,
-            },
-        )
+        cursor = await connection.execute(self._queries.suspects, self._suspecting(grace, unresponsive))
         return [number for (number,) in await cursor.fetchall()]
+
+    def _suspecting(self, grace: float, unresponsive: float) -> dict[str, Any]:
+        return {
+            "me": self._identity.number,
+            "schema_oid": self._schema_oid,
+            "grace": grace,
+            "unresponsive": unresponsive,
+        }
 
     async def finish_own(self, streams: list[int], reason: str) -> None:
         """End calls of this worker's own that will not end by themselves."""
-        try:
-            async with self._database.connection() as connection, connection.transaction():
-                cursor = await connection.execute(self._queries.worker_streams, {"worker": self._identity.number})
-                rows = [row for row in await cursor.fetchall() if row[0] in set(streams)]
-                finished = await self._finish(connection, rows, reason)
-        except (psycopg.Error, OSError) as error:
-            raise translate(error) from error
-        self._announce(finished)
+
+        async def end(connection: Connection) -> set[int]:
+            cursor = await connection.execute(self._queries.worker_streams, {"worker": self._identity.number})
+            rows = [row for row in await cursor.fetchall() if row[0] in set(streams)]
+            return await self._finish(connection, rows, reason)
+
+        self._announce(await self._database.transaction(end, patience=PATIENCE))
 
     async def _finish(self, connection: Connection, streams: list[TupleRow], reason: str) -> set[int]:
         calls = [(number, worker, created_at) for number, worker, _, is_call, created_at in streams if is_call]

@@ -126,6 +126,8 @@ class HTTPEndpoint:
         if not (has_json and (has_sse or self._options.json_response)):
             kinds = "application/json" if self._options.json_response else "both application/json and text/event-stream"
             raise _Answer(_error(406, f"Not Acceptable: Client must accept {kinds}"))
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise _Answer(_error(415, "Unsupported Media Type: Content-Type must be application/json"))
         body = await request.body()
         message = _parse(body)
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
@@ -145,14 +147,15 @@ class HTTPEndpoint:
     async def _start(
         self, key: SessionKey, message: JSONRPCRequest, request: Request
     ) -> tuple[Session, Stream, Subscription]:
-        session = await self._sessions.ready(key.session_id)
+        # Only a look: to wait for a session that is being restored would tell a stranger of it.
+        restore = not self._sessions.has(key.session_id)
         try:
             call = await self._log.open_stream(
                 key,
                 request_id=json.dumps(message.id),
                 request_key=request_key(message.id),
                 method=message.method,
-                restore=session is None,
+                restore=restore,
             )
         except RequestInFlight:
             raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
@@ -251,6 +254,11 @@ class HTTPEndpoint:
             attachment = await self._log.attach(key, stream, after, patience=self._options.reader.outage_timeout)
         except CursorRejected as rejected:
             raise _Answer(_cursor_error(rejected.reason)) from None
+        if attachment.complete:
+            # Nothing will ever follow. 204 tells a client to stop asking (HTML standard, 9.2): the TypeScript SDK's
+            # does not take an error for the end of a call, and would come back for ever.
+            headers = {SESSION_ID: key.session_id, "content-type": "text/event-stream"}
+            raise _Answer(Response(status_code=204, headers=headers))
         subscription = self._hub.subscribe(attachment.stream, key.session_id, attachment.generation)
         subscription.fall_behind()
         reader = SSEReader(
@@ -303,7 +311,8 @@ class HTTPEndpoint:
         """Who the session is bound to: what `owner=` says, else the SDK's principal (client, issuer, subject)."""
         if self._options.owner is not None:
             owner = self._options.owner(scope)
-            return None if owner is None else str(owner).replace("\0", "\ufffd")
+            # As JSON, which writes NUL and lone surrogates as escapes: PostgreSQL's text takes neither.
+            return None if owner is None else json.dumps(str(owner))
         user: Any = scope.get("user")
         if not isinstance(user, AuthenticatedUser):
             return None

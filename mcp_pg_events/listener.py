@@ -16,7 +16,7 @@ from typing import Final
 
 import psycopg
 
-from .database import Connection, Database, translate
+from .database import Connection, Database, Limit, translate
 from .errors import Error, ListenUnavailable
 from .queries import Queries
 from .writer import Identity
@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 
 PING_TIMEOUT: Final = 2.0
 PING_INTERVAL: Final = 10.0
+PATIENCE: Final = 10.0
+
+# The lock of a worker whose network is gone is held by its backend, until the server's own TCP settings notice.
+_SERVER_KEEPALIVES: Final = (
+    "SELECT set_config(name, value, false) FROM (VALUES ('tcp_keepalives_idle', '5'), ('tcp_keepalives_count', '2'), "
+    "('tcp_keepalives_interval', '2'), ('tcp_user_timeout', '8000')) settings(name, value)"
+)
 
 
 class Listener:
@@ -97,14 +104,15 @@ class Listener:
         connection = await self._connect()
         try:
             number = None
-            while number != self._identity.number:
-                # Again, where the worker got a new number meanwhile.
-                number = self._identity.number
-                channel = psycopg.sql.Identifier(f"{self._prefix}{number}")
-                await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
-                # Waits for nobody: the number is this worker's alone, and an old backend of its own dies with its
-                # connection.
-                await connection.execute(self._queries.lock_worker, {"oid": self._schema_oid, "me": number})
+            with Limit(connection, PATIENCE):
+                await connection.execute(_SERVER_KEEPALIVES)
+                while number != self._identity.number:
+                    # Again, where the worker got a new number meanwhile.
+                    number = self._identity.number
+                    channel = psycopg.sql.Identifier(f"{self._prefix}{number}")
+                    await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
+                    # Waits for nobody but an old backend of this worker's own, whose connection is gone.
+                    await connection.execute(self._queries.lock_worker, {"oid": self._schema_oid, "me": number})
         except BaseException:
             await connection.close()
             raise

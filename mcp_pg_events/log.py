@@ -10,7 +10,6 @@ import json
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import psycopg
 from psycopg.rows import TupleRow
 
 from .arrays import Int8Array
@@ -28,7 +27,7 @@ from .backend import (
     SessionUnknown,
     Stream,
 )
-from .database import Database, translate
+from .database import Connection, Database
 from .errors import ConfigurationError, DatabaseUnavailable
 from .fetcher import Fetcher
 from .finish import Finisher
@@ -90,21 +89,20 @@ class Log:
             "request_key": request_key,
             "me": self._identity.number,
         }
-        try:
-            async with self._database.connection() as connection, connection.transaction():
-                if limit is not None:
-                    await connection.execute(self._queries.lock_count, {"server": key.server})
-                    cursor = await connection.execute(
-                        self._queries.count_sessions,
-                        {"server": key.server, "idle": key.idle_timeout, "limit": limit},
-                    )
-                    row = await cursor.fetchone()
-                    if row is not None and row[0] >= limit:
-                        raise SessionLimit
-                cursor = await connection.execute(self._queries.open_session, parameters)
+
+        async def record(connection: Connection) -> TupleRow | None:
+            if limit is not None:
+                await connection.execute(self._queries.lock_count, {"server": key.server})
+                cursor = await connection.execute(
+                    self._queries.count_sessions, {"server": key.server, "idle": key.idle_timeout, "limit": limit}
+                )
                 row = await cursor.fetchone()
-        except (psycopg.Error, OSError) as error:
-            raise translate(error) from error
+                if row is not None and row[0] >= limit:
+                    raise SessionLimit
+            cursor = await connection.execute(self._queries.open_session, parameters)
+            return await cursor.fetchone()
+
+        row = await self._database.transaction(record)
         if row is None:
             raise self._gone(parameters["me"])
         standalone, number, created_at, epoch = row
@@ -215,6 +213,7 @@ class Log:
             CursorRejected: `unknown` (also another session's), or `expired`.
         """
         if stream is not None and (stream >= _BIGINT or (after or 0) >= _BIGINT):
+            await self.find_session(key)
             raise CursorRejected("unknown")
         rows = await self._database.fetch(
             self._queries.find_stream, _asking(key) | {"stream": stream, "after": after or 0}, patience=patience
@@ -241,12 +240,13 @@ class Log:
         )
         if not rows:
             raise CursorRejected("unknown")
-        generation, _, floor, given_at, _ = rows[0]
+        generation, final_seq, floor, given_at, _ = rows[0]
         if generation is None:
             raise CursorRejected("expired" if position < floor else "unknown")
         if given_at is not None:
             bound = max(bound, given_at - MARGIN)
-        return Attachment(number, generation, position, bound, standalone, protocol_version or "")
+        complete = final_seq is not None and position >= final_seq
+        return Attachment(number, generation, position, bound, standalone, protocol_version or "", complete)
 
     async def detach(self, stream: int, generation: int, position: int) -> None:
         """The reader of this generation is gone; `position` is the last number it was handed."""

@@ -41,6 +41,7 @@ __all__ = [
     "read_sql",
     "render",
     "require_dsn",
+    "translated",
     "upgrade",
     "verbatim",
 ]
@@ -74,10 +75,15 @@ class Target:
         return config
 
     @classmethod
+    def given(cls, config: Config) -> Target | None:
+        """Return the target that `config()` put into a running command; None in one of `alembic` itself."""
+        given = config.attributes.get("target")
+        return given if isinstance(given, cls) else None
+
+    @classmethod
     def of(cls, config: Config, arguments: Mapping[str, Any]) -> Target:
         """Return the target of a running command: ours, or the one that `alembic -x` and the environment name."""
-        given = config.attributes.get("target")
-        if isinstance(given, cls):
+        if (given := cls.given(config)) is not None:
             return given
         unknown = ", ".join(set(arguments) - {"dsn", "schema", "partition_interval"})
         if unknown:
@@ -101,7 +107,7 @@ def upgrade(
     `worker_role` is granted the least that a worker needs.
     """
     target = Target(dsn, schema, partition_interval or "day")
-    with _translated():
+    with translated():
         command.upgrade(target.config(), revision)
         if partition_interval is None and worker_role is None:
             return
@@ -109,12 +115,12 @@ def upgrade(
             if partition_interval is not None:
                 _check_interval(connection, schema, partition_interval)
             if worker_role is not None:
-                connection.execute(grant_worker(schema, worker_role))
+                _grant(connection, schema, worker_role)
 
 
 def downgrade(dsn: str, *, schema: str = DEFAULT_SCHEMA, revision: str) -> None:
     """Take `schema` down to `revision`; "base" removes every table and event, and the schema if it is empty then."""
-    with _translated():
+    with translated():
         command.downgrade(Target(dsn, schema).config(), revision)
 
 
@@ -133,7 +139,7 @@ def render(
     """
     output = io.StringIO()
     config = Target(None, schema, partition_interval or "day").config(output)
-    with _translated():
+    with translated():
         if down:
             command.downgrade(config, revision if ":" in revision else f"{REVISION}:{revision}", sql=True)
         else:
@@ -146,7 +152,7 @@ def render(
 def current(dsn: str, *, schema: str = DEFAULT_SCHEMA) -> str | None:
     """Return the revision that `schema` is at; None where no migration has run."""
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(check_schema(schema), "alembic_version"))
-    with _translated(), connect(Target(dsn, schema)) as connection:
+    with translated(), connect(Target(dsn, schema)) as connection:
         try:
             row = connection.execute(query).fetchone()
         except psycopg.errors.UndefinedTable:
@@ -210,8 +216,18 @@ def _check_interval(connection: psycopg.Connection[Any], schema: str, wanted: st
         )
 
 
+def _grant(connection: psycopg.Connection[Any], schema: str, role: str) -> None:
+    try:
+        connection.execute(grant_worker(schema, role))
+    except psycopg.errors.UndefinedObject:
+        raise ConfigurationError(
+            f"Schema {schema} is migrated, but there is no role {role!r} to grant anything to: "
+            f"CREATE ROLE it, and run this again."
+        ) from None
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Say in one sentence, and without a password, what Alembic or PostgreSQL refused."""
     try:
         with _one_at_a_time:
@@ -229,7 +245,8 @@ def _translated() -> Iterator[None]:
 
 
 def _explain(error: psycopg.Error) -> Error:
-    message = error.diag.message_primary or " ".join(str(error).split())
+    first = next(iter(str(error).splitlines()), type(error).__name__)  # advice and further attempts follow
+    message = error.diag.message_primary or " ".join(first.split())
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return Error(f"The role that migrates lacks a right: {message}; use the database's owner, or hand a DBA --sql.")
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:

@@ -374,7 +374,10 @@ _statement(
          WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
     )
     SELECT session.protocol_version, t.number, t.request_key IS NULL, t.floor, t.cursor, t.final_seq,
-           CASE WHEN t.mark_seq <= %(after)s THEN greatest(t.created_at, t.mark_at) ELSE t.created_at END
+           -- The mark holds for what follows it; the cursor's own event has to be found too, unless it is the priming
+           -- one.
+           CASE WHEN t.mark_seq < %(after)s OR t.mark_seq = 0 THEN greatest(t.created_at, t.mark_at)
+                ELSE t.created_at END
       FROM session LEFT JOIN {s}.streams t ON t.session_id = session.id
            AND (t.number = %(stream)s::bigint OR %(stream)s::bigint IS NULL AND t.request_key IS NULL)
     """,
@@ -484,9 +487,7 @@ _statement("notify", "SELECT pg_notify(%(prefix)s::text || w, %(payload)s) FROM 
 
 # --- life and death of workers ----------------------------------------------------------------------------------------
 
-_statement(
-    "stamp", "UPDATE {s}.workers SET seen_at = now() WHERE number = %(me)s AND ended_at IS NULL RETURNING number"
-)
+_statement("stamp", "UPDATE {s}.workers SET seen_at = now() WHERE number = %(me)s AND ended_at IS NULL RETURNING epoch")
 _statement(
     "suspects",
     # Workers that look dead: no lock and no stamp for the grace, or a lock and no stamp for very long.

@@ -58,7 +58,7 @@ RESUMABLE_SINCE: Final = "2025-11-25"
 
 RESTORE_TIMEOUT: Final = 5.0
 
-_WIRE_ID: Final = re.compile(r"w([0-9]+)\.([0-9]+)\.(.*)", re.ASCII | re.DOTALL)
+_WIRE_ID: Final = re.compile(r"w([0-9]{1,18})\.([0-9]{1,18})\.(.*)", re.ASCII | re.DOTALL)
 _incarnations = itertools.count(1)
 
 

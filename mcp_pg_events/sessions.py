@@ -82,9 +82,13 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def get(self, session_id: str) -> Session | None:
-        """The session's object here, if it has one."""
-        return self._sessions.get(session_id)
+    def has(self, session_id: str) -> bool:
+        """Whether the session has an object here that is ready to take a request."""
+        return session_id in self._sessions and session_id not in self._ready
+
+    def ids(self) -> set[str]:
+        """The sessions that have an object here."""
+        return set(self._sessions)
 
     def open(self, session_id: str) -> Session:
         """A new session object, its loop running."""

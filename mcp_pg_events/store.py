@@ -174,10 +174,14 @@ class PostgresStore(EventStore):
         apps.append(entry)
         return lambda: apps.remove(entry)
 
-    async def leave(self) -> None:
-        """An app's lifespan ends: with the last one the worker drains."""
-        if self._worker is not None and len(self._worker.apps) == 1:
+    async def leave(self, sessions: Callable[[], set[str]]) -> None:
+        """An app's lifespan ends: the calls of its sessions may finish first. With the last app the worker drains."""
+        if self._worker is None:
+            return
+        if self.draining or len(self._worker.apps) == 1:
             await self.drain()
+        else:
+            await self._finish_calls(self._worker, sessions)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Do something that nobody waits for; its failure is logged."""
@@ -215,11 +219,14 @@ class PostgresStore(EventStore):
 
     async def _drain(self, worker: Worker) -> None:
         worker.hub.drain()
+        await self._finish_calls(worker, None)
+
+    async def _finish_calls(self, worker: Worker, sessions: Callable[[], set[str]] | None) -> None:
         try:
             async with asyncio.timeout(self._settings.drain_timeout):
-                await worker.writer.idle.wait()
+                await worker.writer.wait_for_calls(sessions)
         except TimeoutError:
-            left = worker.writer.calls()
+            left = worker.writer.calls(sessions)
             logger.warning("%d calls did not finish within %s s of draining", len(left), self._settings.drain_timeout)
             try:
                 await worker.finisher.finish_own(left, "shutdown")

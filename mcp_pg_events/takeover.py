@@ -27,7 +27,7 @@ from .sessions import Sessions
 from .signals import drain_on_sigterm
 from .store import PostgresStore, StoreOptions
 
-__all__ = ["durable"]
+__all__ = ["durable", "is_durable"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def durable(
     options = _Options(name, owner, keep_alive, poll_interval)
     holder, endpoint = _find_endpoint(app)
     manager = endpoint.session_manager
-    if isinstance(endpoint, _Front) or isinstance(getattr(manager, "asgi_app", None), _Gate):
+    if is_durable(app):
         raise ConfigurationError("This app is durable already")
     if manager is None:
         _wrap_lifespan(app, holder, endpoint, store, options)
@@ -104,7 +104,16 @@ def durable(
     return app
 
 
-def _find_endpoint(app: Starlette) -> tuple[Any, Any]:
+def is_durable(app: object) -> bool:
+    """Whether `durable` was called with this app; False also for what has no endpoint."""
+    try:
+        _, endpoint = _find_endpoint(app)
+    except ConfigurationError:
+        return False
+    return isinstance(endpoint, _Front) or isinstance(getattr(endpoint.session_manager, "asgi_app", None), _Gate)
+
+
+def _find_endpoint(app: object) -> tuple[Any, Any]:
     """The ASGI app that has the session manager, a route's endpoint behind whatever authentication wraps it; and before
     it whatever has it as its `app`."""
     found: list[tuple[Any, Any]] = []
@@ -254,5 +263,5 @@ async def _serving(
                 yield
             finally:
                 # Requests that still come, on connections kept alive, are answered while calls finish.
-                await store.leave()
+                await store.leave(sessions.ids)
                 gate.endpoint = None

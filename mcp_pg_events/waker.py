@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 
 from .arrays import Int8Array
-from .database import Connection, is_outage, translate
+from .database import Connection, Limit, is_outage, translate
 from .errors import Error
 from .queries import Queries
 from .writer import Identity
@@ -26,6 +26,7 @@ __all__ = ["Waker"]
 logger = logging.getLogger(__name__)
 
 KEYS_AT_ONCE = 2000
+PATIENCE = 5.0
 
 
 class Waker:
@@ -93,10 +94,11 @@ class Waker:
             return
         if self._connection is None or self._connection.closed:
             self._connection = await self._connect()
-        cursor = await self._connection.execute(
-            self._queries.wake, {"streams": Int8Array(batch), "me": self._identity.number, "prefix": self._prefix}
-        )
-        row = await cursor.fetchone()
+        with Limit(self._connection, PATIENCE):
+            cursor = await self._connection.execute(
+                self._queries.wake, {"streams": Int8Array(batch), "me": self._identity.number, "prefix": self._prefix}
+            )
+            row = await cursor.fetchone()
         self.sent += row[0] if row else 0
 
     async def _drop_connection(self) -> None:

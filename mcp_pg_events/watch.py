@@ -45,6 +45,7 @@ class Watch:
         *,
         unresponsive_timeout: float,
         on_declared_dead: Callable[[], None],
+        on_fenced: Callable[[], None],
     ) -> None:
         self._database = database
         self._queries = queries
@@ -52,6 +53,7 @@ class Watch:
         self._finisher = finisher
         self._unresponsive_timeout = unresponsive_timeout
         self._on_declared_dead = on_declared_dead
+        self._on_fenced = on_fenced
         self._identity = identity
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -72,8 +74,13 @@ class Watch:
             number = self._identity.number
             try:
                 rows = await self._database.fetch(self._queries.stamp, {"me": number}, patience=1)
-                if not rows and number == self._identity.number:
+                if number != self._identity.number:
+                    continue
+                if not rows:
                     self._on_declared_dead()
+                elif rows[0][0] != self._identity.epoch:
+                    # Somebody ended calls of this worker, and the notification may have been lost.
+                    self._on_fenced()
             except Error:
                 # Whoever cannot stamp cannot write either, and the writer says so.
                 pass

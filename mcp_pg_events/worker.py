@@ -125,6 +125,7 @@ class Worker:
             self.finisher,
             unresponsive_timeout=settings.unresponsive_timeout,
             on_declared_dead=self.writer.declared_dead,
+            on_fenced=self.writer.look_for_ended,
         )
         await self.listener.start()
         await self.waker.start()
@@ -150,11 +151,10 @@ class Worker:
                     await writer.stop()
             except TimeoutError:
                 logger.error("Events were still waiting for the database when the store was closed")
-        if self.identity.number:
+        if (finisher := getattr(self, "finisher", None)) is not None:
             try:
-                await self.database.fetch(
-                    self._queries.end_worker, {"worker": self.identity.number, "reason": "stopped"}, patience=1
-                )
+                # Also the calls that nobody drained.
+                await finisher.reap(self.identity.number, "shutdown", grace=0, unresponsive=0, patience=1)
             except Error as error:
                 logger.debug("The worker's row was not closed: %s", error)
         for name in ("fetcher", "waker", "listener"):

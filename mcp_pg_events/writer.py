@@ -19,7 +19,7 @@ from psycopg import errors
 
 from .arrays import Int8Array, TextArray
 from .backend import Event, Stream
-from .database import Connection, is_outage, translate
+from .database import Connection, Limit, is_outage, translate
 from .errors import AppendRefused, DatabaseUnavailable, Error, StoreClosed, WorkerFenced
 from .hub import Hub
 from .queries import Queries
@@ -35,6 +35,9 @@ BATCH_EVENTS: Final = 1000
 BATCH_BYTES: Final = 8 * 1024 * 1024
 PENDING_BYTES: Final = 64 * 1024 * 1024
 """What may wait for the database before appends wait for room."""
+
+STALL: Final = 2.0
+"""A flush that takes longer (seconds) is worth a line in the log."""
 
 
 _ENDED: Final = "The stream has ended, so nothing more can follow in it"
@@ -96,9 +99,7 @@ class Writer:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._open: dict[int, Stream] = {}
-        self.idle = asyncio.Event()
-        """Set while no call runs on this worker."""
-        self.idle.set()
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
         self._unsure = False
@@ -143,19 +144,25 @@ class Writer:
     def opened(self, stream: Stream, epoch: int) -> None:
         """A stream of this worker's own, opened at `epoch`: it is told when somebody else ends it."""
         self._open[stream.number] = stream
-        self.idle.clear()
         # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
         self._unsure |= epoch < self._identity.epoch
 
     def _closed(self, number: int) -> Stream | None:
-        stream = self._open.pop(number, None)
-        if not self._open:
-            self.idle.set()
-        return stream
+        self._closing.set()
+        return self._open.pop(number, None)
 
-    def calls(self) -> list[int]:
-        """The streams of the calls that run here."""
-        return list(self._open)
+    def calls(self, sessions: Callable[[], set[str]] | None = None) -> list[int]:
+        """The streams of the calls that run here, all or those of some sessions."""
+        if sessions is None:
+            return list(self._open)
+        wanted = sessions()
+        return [number for number, stream in self._open.items() if stream.session_id in wanted]
+
+    async def wait_for_calls(self, sessions: Callable[[], set[str]] | None = None) -> None:
+        """Return when no such call runs here."""
+        while self.calls(sessions):
+            self._closing.clear()
+            await self._closing.wait()
 
     def owns(self, number: int) -> bool:
         return number in self._open
@@ -193,6 +200,8 @@ class Writer:
         while True:
             await self._work.wait()
             self._work.clear()
+            if self._unsure and not self._queue:
+                await self._flush([], self._store_own)
             while self._queue:
                 own, shared = self._take()
                 if own:
@@ -225,24 +234,27 @@ class Writer:
         """Store a batch, whatever it takes within the bound; then publish, acknowledge, wake."""
         self._flushes += 1
         origin = f"{self._identity.number}-{self._flushes}"
+        loop = asyncio.get_running_loop()
         doubtful = False
         partitions_made = 0
         pause = 0.0
         while self._lost is None:
             # Also after a refusal that another batch met while this one's events were queued.
             batch = _still_open(batch)
-            if not batch:
+            if not batch and not self._unsure:
                 return
+            stall = loop.call_later(STALL, self._note_stall, "it does not answer")
             try:
                 if self._connection is None or self._connection.closed:
                     self._connection = await self._connect()
-                if self._unsure:
-                    await self._find_ended()
-                    continue
-                if doubtful and await self._find_stored(batch, origin):
-                    stored_at = await self._clock()
-                else:
-                    stored_at = await store(batch, origin)
+                with Limit(self._connection, self._time_left()):
+                    if self._unsure:
+                        await self._find_ended()
+                        continue
+                    if doubtful and await self._find_stored(batch, origin):
+                        stored_at = await self._clock()
+                    else:
+                        stored_at = await store(batch, origin)
                 self._end_stall()
                 self._acknowledge(batch, stored_at)
                 return
@@ -260,8 +272,14 @@ class Writer:
                 if not isinstance(error, errors.SerializationFailure | errors.DeadlockDetected):
                     doubtful = True
                     await self._drop_connection()
-                if self._stalled_too_long(error, pause):
+                self._note_stall(str(translate(error)))
+                if self._time_left() <= pause:
+                    self._lose(
+                        DatabaseUnavailable("The database did not answer for too long, so this call was given up")
+                    )
                     break
+            finally:
+                stall.cancel()
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 2 or 0.05)
         for entry in batch:
@@ -417,7 +435,7 @@ class Writer:
         error: BaseException,
     ) -> None:
         """The statement is at fault: one event must not take the others of its batch with it."""
-        if len(batch) > 1:
+        if len(batch) != 1:
             for entry in batch:
                 await self._flush([entry], store)
             return
@@ -429,15 +447,15 @@ class Writer:
             self.ended_elsewhere(entry.stream.number)
             self._on_broken(entry.stream.number)
 
-    def _stalled_too_long(self, error: BaseException, pause: float) -> bool:
-        now = asyncio.get_running_loop().time()
+    def _note_stall(self, why: str) -> None:
         if self.stalled_since is None:
-            self.stalled_since = now
-            logger.warning("The database takes no events for now, they wait: %s", translate(error))
-        if now - self.stalled_since + pause <= self._outage_timeout:
-            return False
-        self._lose(DatabaseUnavailable("The database did not answer for too long, so this call was given up"))
-        return True
+            self.stalled_since = asyncio.get_running_loop().time()
+            logger.warning("The database takes no events for now, they wait: %s", why)
+
+    def _time_left(self) -> float:
+        """How long the database may still keep events waiting, in seconds."""
+        now = asyncio.get_running_loop().time()
+        return max(0.0, (self.stalled_since or now) + self._outage_timeout - now)
 
     def _end_stall(self) -> None:
         if self.stalled_since is not None:
@@ -449,6 +467,11 @@ class Writer:
         """This identity is over: declared dead, or unable to write for longer than anybody waits."""
         self._fail_all(error)
         self._on_lost(error)
+
+    def look_for_ended(self) -> None:
+        """Somebody may have ended calls of this worker; the next append would have met that too."""
+        self._unsure = True
+        self._work.set()
 
     def declared_dead(self) -> None:
         """This worker's row says that it is dead; the next append would have met that too."""

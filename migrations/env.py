@@ -16,8 +16,8 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
-from mcp_pg_events.errors import ConfigurationError
-from mcp_pg_events.migrate import Target, connect, require_dsn, verbatim
+from mcp_pg_events.errors import Error
+from mcp_pg_events.migrate import Target, connect, require_dsn, translated, verbatim
 from mcp_pg_events.schema import quote_schema
 from mcp_pg_events.tables import METADATA
 
@@ -94,15 +94,22 @@ ${tag}$"""
 
 
 def main() -> None:
+    if Target.given(context.config) is not None:
+        run()  # whoever called has their own translation
+        return
     try:
-        target = Target.of(context.config, context.get_x_argument(as_dictionary=True))
-        if not context.is_offline_mode():
-            require_dsn(target.dsn)
-    except ConfigurationError as error:
+        with translated():
+            run()
+    except Error as error:
         raise CommandError(str(error)) from error  # which `alembic` prints as one line
+
+
+def run() -> None:
+    target = Target.of(context.config, context.get_x_argument(as_dictionary=True))
     if context.is_offline_mode():
         migrate(target, None)
         return
+    require_dsn(target.dsn)
     engine = create_engine("postgresql+psycopg://", creator=lambda: connect(target), poolclass=NullPool)
     # Whoever waited for the lock has to see what its holder did.
     with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:

@@ -1,7 +1,7 @@
 """The command line: `mcp-pg-events`, or `python -m mcp_pg_events`.
 
 Each command is a module of its own, which reads its options, asks `settings.py` for what they leave out, and calls the
-library. A user's mistake ends as one sentence on stderr: exit code 2 for the command line itself, 1 for all else.
+library. What goes wrong ends as one sentence on stderr: exit code 2 for the command line itself, 1 for all else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mcp_pg_events.cli import demo, migrate, serve
+from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
 __all__ = ["app", "main"]
@@ -54,5 +55,5 @@ def main() -> None:
     try:
         app()
     except Error as error:
-        print(f"mcp-pg-events: {error}", file=sys.stderr)
+        print(explain(error), file=sys.stderr)
         sys.exit(1)

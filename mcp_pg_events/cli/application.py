@@ -12,24 +12,25 @@ import dataclasses
 import importlib
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
-import psycopg
 from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import MCPServer
-from psycopg import sql
+from uvicorn.config import STARTUP_FAILURE
 
-from .. import database, durable, errors
-from ..schema import NEEDS, check_schema
+from .. import durable, errors
 from ..store import PostgresStore
+from .report import explain
 
-__all__ = ["Application", "Plan", "application", "check_database", "find", "make_durable"]
+__all__ = ["Application", "Plan", "application", "find", "make_durable", "rehearse"]
 
 VARIABLE = "MCP_PG_EVENTS_SERVE"
 
@@ -59,14 +60,38 @@ def application() -> Application:
     """The app of this worker process (uvicorn's factory), from the plan in the environment."""
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     plan = Plan(**json.loads(os.environ[VARIABLE]))
-    app = make_durable(find(plan.target, path=plan.path, host=plan.host), plan)
-    return app if plan.embedded_home is None else _using_embedded(app, plan.embedded_home)
+    try:
+        app = make_durable(find(plan.target, path=plan.path, host=plan.host), plan)
+        return app if plan.embedded_home is None else _using_embedded(app, plan.embedded_home)
+    except errors.Error as error:
+        # Any other way to end, and uvicorn starts the worker again, for ever.
+        print(explain(error), file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
 
 
 def make_durable(app: Application, plan: Plan) -> Application:
     """`app`, with a store of its own."""
-    store = PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema)
-    return cast(Application, durable(cast(Any, app), store))
+    return cast(Application, durable(cast(Any, app), _store(plan)))
+
+
+async def rehearse(plan: Plan) -> None:
+    """Be a worker for a moment, so that what is wrong with the database is said once, and in one sentence.
+
+    Raises:
+        Error: what a worker would fail with.
+    """
+    log = logging.getLogger("mcp_pg_events")
+    level = log.level
+    log.setLevel(logging.WARNING)  # this worker serves nothing that anybody should hear of
+    try:
+        async with _store(plan):
+            pass
+    finally:
+        log.setLevel(level)
+
+
+def _store(plan: Plan) -> PostgresStore:
+    return PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema)
 
 
 def find(target: str, *, path: str, host: str) -> Application:
@@ -83,9 +108,7 @@ def find(target: str, *, path: str, host: str) -> Application:
         try:
             made = cast(Callable[[], object], found)()
         except Exception as error:
-            raise errors.ConfigurationError(
-                f"The factory {target!r} failed with {type(error).__name__} ({_first_line(error)})."
-            ) from error
+            raise _broken(f"The factory {target!r} failed", error) from error
         if (app := _as_application(made, path, host)) is not None:
             return app
         what = f"The factory {target!r} returned something of type {type(made).__name__}"
@@ -117,9 +140,7 @@ def load(target: str) -> object:
             f"The module {module_name!r} imports {error.name!r}, which is not installed."
         ) from error
     except Exception as error:
-        raise errors.ConfigurationError(
-            f"Importing the module {module_name!r} failed with {type(error).__name__} ({_first_line(error)})."
-        ) from error
+        raise _broken(f"Importing the module {module_name!r} failed", error) from error
     for name in path.split("."):
         try:
             found = getattr(found, name)
@@ -159,33 +180,6 @@ def _required_arguments(found: object) -> int | None:
     )
 
 
-def check_database(dsn: str, schema: str) -> None:
-    """Look at the database once, before the workers do.
-
-    Raises:
-        DatabaseUnavailable: it cannot be reached.
-        NotMigrated: its schema is missing, or older than this version needs.
-    """
-    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(check_schema(schema), "alembic_version"))
-    try:
-        with psycopg.connect(database.normalise_dsn(dsn)) as connection:
-            row = connection.execute(query).fetchone()
-    except psycopg.errors.UndefinedTable:
-        row = None
-    except psycopg.Error as error:
-        raise database.translate(error) from None
-    if row is None:
-        raise errors.NotMigrated(
-            f"The database has no schema {schema!r} for mcp_pg_events; run `mcp-pg-events migrate`."
-        )
-    revision = str(row[0])
-    if revision < NEEDS:
-        raise errors.SchemaTooOld(
-            f"The database's schema is at revision {revision} and this version needs {NEEDS}; "
-            f"run `mcp-pg-events migrate`."
-        )
-
-
 def _end_with_the_command() -> None:
     """Wait for the command's process to go, and then end as it would have ended this one: nobody else will."""
     if (command := multiprocessing.parent_process()) is not None:
@@ -217,5 +211,14 @@ def _using_embedded(app: Application, home: str) -> Application:
     return with_embedded
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _broken(what: str, error: Exception) -> errors.ConfigurationError:
+    """The user's own code raised `error`: a sentence, and a note with where, without this module's frames."""
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    sentence = errors.ConfigurationError(f"{what} with {type(error).__name__} ({first_line}).")
+    told = traceback.TracebackException.from_exception(error)
+    ours = (__file__, importlib.__file__)
+    told.stack = traceback.StackSummary.from_list(
+        [frame for frame in told.stack if frame.filename not in ours and "<frozen importlib" not in frame.filename]
+    )
+    sentence.add_note("".join(told.format()).rstrip())
+    return sentence

@@ -5,6 +5,7 @@ Everything that can be wrong is checked before the first worker starts. Next: `a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import logging
@@ -35,6 +36,10 @@ LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 # How long connections may take to end after SIGTERM, in seconds; an SSE stream would otherwise hold a worker for ever.
 _GRACE = 10
+
+# How long a worker may leave uvicorn's supervisor without an answer before it is killed, in seconds. One that starts
+# answers nothing yet, and many that start at once on a busy machine take longer than uvicorn's own 5 seconds.
+_HEALTH_CHECK = 15
 
 
 def serve(
@@ -83,7 +88,7 @@ def serve(
         raise ConfigurationError(f"The path {path!r} has to begin with a slash.")
     # Without this a SIGTERM would end the process in the middle, and leave the embedded PostgreSQL running.
     signal.signal(signal.SIGTERM, _exit)
-    from .application import Plan, check_database, find, make_durable  # the SDK takes a second, and --help needs none
+    from .application import Plan, find, make_durable, rehearse  # the SDK takes a second, and --help needs none
 
     settings = Settings.given(dsn=dsn, schema=schema)
     name = settings.schema_name
@@ -96,12 +101,11 @@ def serve(
             home = str(default_home())
             database = stack.enter_context(embedded_postgres(home, schema=name))
             typer.echo(f"No DSN given: using the embedded PostgreSQL in {home}.", err=True)
-        else:
-            check_database(database, name)
         listen_dsn = settings.listen_dsn.get_secret_value() if settings.listen_dsn else None
         plan = Plan(
             target=target, dsn=database, listen_dsn=listen_dsn, schema=name, path=path, host=host, embedded_home=home
         )
+        asyncio.run(rehearse(plan))
         app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
         plan.publish()
         count = "one worker" if workers == 1 else f"{workers} workers"
@@ -113,7 +117,13 @@ def serve(
 
 def _run_workers(listener: socket.socket, workers: int, log_level: LogLevel) -> bool:
     """Serve until a signal; False when a worker failed to start."""
-    config = _config("mcp_pg_events.cli.application:application", log_level, workers=workers, factory=True)
+    config = _config(
+        "mcp_pg_events.cli.application:application",
+        log_level,
+        workers=workers,
+        factory=True,
+        timeout_worker_healthcheck=_HEALTH_CHECK,
+    )
     supervisor = Multiprocess(config, sockets=[listener])
     supervisor.run()
     return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)

@@ -90,15 +90,20 @@ CREATE INDEX streams_open ON streams (worker) WHERE final_seq IS NULL;
 COMMENT ON TABLE streams IS 'One row per stream: a request''s answer, or a session''s standalone stream.';
 COMMENT ON COLUMN streams.number IS 'First part of an event id.';
 COMMENT ON COLUMN streams.request_id IS 'The request''s id, verbatim JSON; null for the standalone stream.';
+COMMENT ON COLUMN streams.method IS 'The request''s method where it is known, for people.';
 COMMENT ON COLUMN streams.request_key IS 'The same id as the SDK coerces it, for lookups.';
-COMMENT ON COLUMN streams.worker IS 'The worker that runs the request and appends its events.';
-COMMENT ON COLUMN streams.reader_worker IS 'The worker that the newest reader is attached to.';
+COMMENT ON COLUMN streams.worker IS
+    'The worker that runs the request and appends its events; null where several workers append.';
+COMMENT ON COLUMN streams.reader_worker IS
+    'The worker that the newest reader is attached to; null while there is none.';
 COMMENT ON COLUMN streams.reader_generation IS 'Rises with every attach: the newest reader wins.';
-COMMENT ON COLUMN streams.cursor IS 'The seq that the newest reader had when it attached.';
-COMMENT ON COLUMN streams.last_seq IS 'The highest seq of a standalone stream, which has several writers.';
-COMMENT ON COLUMN streams.mark_seq IS 'A delivered seq, whose event was created at mark_at.';
+COMMENT ON COLUMN streams.cursor IS
+    'The highest seq that was handed to a reader which left: where one that names no event goes on.';
+COMMENT ON COLUMN streams.last_seq IS
+    'The highest seq of a stream that several workers append to; 0 where one worker counts by itself.';
+COMMENT ON COLUMN streams.mark_seq IS 'Every event after this seq was created at mark_at or later.';
 COMMENT ON COLUMN streams.mark_at IS
-    'Lower bound on created_at for reads after mark_seq: spares the older partitions.';
+    'Lower bound on created_at for reads from mark_seq on: spares the older partitions.';
 COMMENT ON COLUMN streams.floor IS 'The highest seq that left with a dropped partition.';
 COMMENT ON COLUMN streams.final_seq IS 'The seq of the final response; null while the stream is open.';
 
@@ -106,7 +111,6 @@ CREATE TABLE events (
     stream bigint NOT NULL,
     seq bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
-    direction smallint NOT NULL DEFAULT 1,
     origin text,
     payload text NOT NULL,
     PRIMARY KEY (stream, seq, created_at)
@@ -114,8 +118,8 @@ CREATE TABLE events (
 COMMENT ON TABLE events IS
     'Append-only: rows are inserted, and leave with their partition. No default partition, no foreign keys.';
 COMMENT ON COLUMN events.seq IS 'Contiguous in its stream, from 1.';
-COMMENT ON COLUMN events.direction IS '1: server to client; 0: client to server.';
-COMMENT ON COLUMN events.origin IS 'Where the event came from, if not from the stream''s own request.';
+COMMENT ON COLUMN events.origin IS
+    'In a stream that several workers append to: the batch it came in, to find it after a commit of unknown outcome.';
 COMMENT ON COLUMN events.payload IS 'The JSON-RPC message; text, because jsonb refuses U+0000.';
 
 CREATE TABLE inbox (

@@ -67,12 +67,13 @@ async def test_a_finished_call_is_replayed_on_another_worker_from_any_id(
     workers.assert_clean_logs()
 
 
-async def test_resuming_after_the_final_response_ends_at_once_and_cleanly(shared_workers: SharedWorkers) -> None:
+async def test_resuming_after_the_final_response_tells_the_client_to_stop(shared_workers: SharedWorkers) -> None:
     workers = await shared_workers("mcpserver_app")
     session = await Session.initialize(workers[0].url)
     _, events = await counted(session)
     for worker in workers.members:
-        assert await collect(await session.get(events[-1].id, base_url=worker.url)) == []
+        after = await session.get(events[-1].id, base_url=worker.url)
+        assert (after.status, await after.read()) == (204, b"")
     workers.assert_clean_logs()
 
 

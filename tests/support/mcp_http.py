@@ -178,15 +178,16 @@ async def request(
 ) -> Response:
     """Send one request on a connection of its own, and read the head of the response.
 
-    `body` is sent as JSON, or as it is when it is bytes. A small `receive_buffer`, in bytes, makes a client that stops
-    reading felt by the server at once.
+    `body` is sent as JSON, or as it is when it is bytes: framed already, with a `Transfer-Encoding` among the headers.
+    A small `receive_buffer`, in bytes, makes a client that stops reading felt by the server at once.
     """
     parts = urlsplit(url)
     payload = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = {"Host": parts.netloc, **(headers or {})}
     if body is not None:
-        lines |= {"Content-Length": str(len(payload))}
         lines.setdefault("Content-Type", "application/json")
+        if "Transfer-Encoding" not in lines:
+            lines["Content-Length"] = str(len(payload))
     head = f"{method} {parts.path or '/'} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
     sock = socket.socket()
     sock.setblocking(False)

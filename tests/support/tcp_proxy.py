@@ -5,6 +5,8 @@ async with TcpProxy.to(host, port) as proxy:
     proxy.cut()             # reset every connection; new ones are welcome
     await proxy.refuse()    # stop listening as well: "connection refused"
     proxy.freeze()          # accept, but pass nothing on in either direction
+    proxy.mute()            # pass what clients send, and hold the answers back
+    await proxy.holding()   # something is being held back
     proxy.delay = 0.05      # seconds that every piece waits, each way
     await proxy.restore()   # everything passes again
 """
@@ -15,7 +17,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from tests.support.postgres import free_port
 
@@ -39,6 +41,9 @@ class TcpProxy:
         self.accepted = 0
         self._pass = asyncio.Event()
         self._pass.set()
+        self._answer = asyncio.Event()
+        self._answer.set()
+        self._held = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -62,7 +67,7 @@ class TcpProxy:
     async def restore(self) -> None:
         """Listen, and pass everything at once."""
         self.delay = 0.0
-        self._pass.set()
+        self.thaw()
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
 
@@ -80,11 +85,26 @@ class TcpProxy:
 
     def freeze(self) -> None:
         """Keep all connections, accept new ones, and pass nothing on: a network that has gone deaf."""
+        self._held.clear()
         self._pass.clear()
 
+    def mute(self) -> None:
+        """Pass on what clients send, and none of the answers: what became of a request stays unknown."""
+        self._held.clear()
+        self._answer.clear()
+
+    async def holding(self) -> None:
+        """Wait until something is held back by `freeze` or `mute`."""
+        await asyncio.wait_for(self._held.wait(), 10)
+
     def thaw(self) -> None:
-        """Pass on what `freeze` held back, and all that follows."""
+        """Pass on what `freeze` or `mute` held back, and all that follows."""
         self._pass.set()
+        self._answer.set()
+
+    def editor(self) -> Callable[[bytes], bytes]:
+        """For one connection: what of the target's bytes to pass on. A subclass may be choosy."""
+        return bytes
 
     async def close(self) -> None:
         """Refuse everything and end the proxy's own tasks."""
@@ -107,7 +127,10 @@ class TcpProxy:
             pair = {writer, downstream}
             self._writers |= pair
             try:
-                await asyncio.gather(self._pump(reader, downstream), self._pump(upstream, writer))
+                await asyncio.gather(
+                    self._pump(reader, downstream, (self._pass,)),
+                    self._pump(upstream, writer, (self._pass, self._answer), self.editor()),
+                )
             except OSError:
                 reset(writer)
                 reset(downstream)
@@ -121,12 +144,21 @@ class TcpProxy:
         finally:
             self._tasks.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        gates: tuple[asyncio.Event, ...],
+        edit: Callable[[bytes], bytes] = bytes,
+    ) -> None:
         while piece := await reader.read(65536):
             if self.delay:
                 await asyncio.sleep(self.delay)
-            await self._pass.wait()
-            writer.write(piece)
+            for gate in gates:
+                if not gate.is_set():
+                    self._held.set()
+                    await gate.wait()
+            writer.write(edit(piece))
             await writer.drain()
         if writer.can_write_eof() and not writer.is_closing():
             writer.write_eof()

@@ -195,7 +195,7 @@ async def run_workers(
     options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Workers]:
-    """Run `count` processes of `tests.servers.<module>` until the block ends.
+    """Run `count` processes of `tests.servers.<module>` (or of a module with its packages) until the block ends.
 
     `options` is what `tests/servers/common.py` reads from TEST_OPTIONS. Without a `dsn` the app is left undurable.
     """
@@ -209,7 +209,7 @@ async def run_workers(
             **({"TEST_DURABLE": "0"} if dsn is None else {"MCP_PG_EVENTS_DSN": dsn}),
             **(environment or {}),
         }
-        workers = Workers(f"tests.servers.{module}", Path(made), variables)
+        workers = Workers(module if "." in module else f"tests.servers.{module}", Path(made), variables)
         try:
             await workers.start(count)
             yield workers
