@@ -67,6 +67,8 @@ class Stream:
     created_at: datetime | None = None
     shared: bool = False
     next_seq: int = 1
+    stored: int = 0
+    """The last number that was acknowledged."""
     closed: bool = False
     """Its final is on its way or stored: nothing more is taken."""
     ended: bool = False

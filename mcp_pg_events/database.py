@@ -1,8 +1,8 @@
 """The only place that opens connections, and the only one that reads driver errors.
 
 Three kinds of connection leave here: the pool's (requests), single ones (the writer, the wake-ups) and the
-listener's. All are in autocommit mode; a transaction is opened where one is meant. Next: `queries.py` has what runs
-on them.
+listener's. All are in autocommit mode; a transaction is opened where one is meant. Next: `queries.py` has what runs on
+them.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def translate(error: BaseException) -> Error:
     )
 
 
-async def connect(dsn: str, *, prepare_threshold: int | None = 5, name: str | None = None) -> Connection:
-    """One autocommit connection; `name` becomes its `application_name` where the DSN gives none.
+async def connect(dsn: str, *, prepare_threshold: int | None = 5, first: bytes | None = None) -> Connection:
+    """One autocommit connection, on which the statement `first` has run.
 
     Raises:
         DatabaseUnavailable: it could not be made.
@@ -117,10 +117,21 @@ async def connect(dsn: str, *, prepare_threshold: int | None = 5, name: str | No
         connection = await AsyncConnection.connect(
             normalise_dsn(dsn), autocommit=True, prepare_threshold=prepare_threshold
         )
+        await _prepare(connection, first)
     except (psycopg.Error, OSError) as error:
         raise translate(error) from None
-    arrays.register(connection.adapters)
     return connection
+
+
+async def _prepare(connection: Connection, first: bytes | None) -> None:
+    arrays.register(connection.adapters)
+    if first is not None:
+        try:
+            with Limit(connection, 5.0):
+                await connection.execute(first)
+        except BaseException:
+            await connection.close()
+            raise
 
 
 class Limit:
@@ -174,7 +185,12 @@ class Limit:
 class Database:
     """A pool, and statements that survive the death of a pooled connection and end when the database hangs."""
 
-    def __init__(self, dsn: str, *, max_connections: int, prepare_threshold: int | None) -> None:
+    def __init__(
+        self, dsn: str, *, max_connections: int, prepare_threshold: int | None, first: bytes | None = None
+    ) -> None:
+        async def configure(connection: Connection) -> None:
+            await _prepare(connection, first)
+
         _quieten_pool()
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             normalise_dsn(dsn),
@@ -182,7 +198,7 @@ class Database:
             max_size=max_connections,
             open=False,
             kwargs={"autocommit": True, "prepare_threshold": prepare_threshold},
-            configure=_configure,
+            configure=configure,
             timeout=5,
             reconnect_timeout=2,
             name=POOL_NAME,
@@ -253,10 +269,6 @@ class Database:
                     raise translate(error) from error
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 2 or 0.02)
-
-
-async def _configure(connection: Connection) -> None:
-    arrays.register(connection.adapters)
 
 
 class _Sparingly(logging.Filter):

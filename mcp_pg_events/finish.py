@@ -15,11 +15,11 @@ from typing import Any, Final
 from mcp_types import CONNECTION_CLOSED
 from psycopg.rows import TupleRow
 
+from .appends import MARGIN, Identity
 from .arrays import Int8Array
 from .database import Connection, Database
 from .hub import Hub
 from .queries import Queries
-from .writer import MARGIN, Identity
 
 __all__ = ["Finisher", "final_error"]
 
@@ -33,6 +33,7 @@ _MESSAGES: Final = {
     "session_ended": "The session ended before this request completed",
     "shutdown": "The server shut down before this request completed",
     "not_stored": "A message of this request could not be stored",
+    "data_lost": "The server's database lost a part of this response",
     "outage": "The server lost its database before this request completed",
 }
 

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from .appends import Identity
 from .database import Database
 from .errors import Error
 from .queries import Queries
-from .writer import Identity
 
 __all__ = ["Inbox"]
 

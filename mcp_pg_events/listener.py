@@ -16,10 +16,10 @@ from typing import Final
 
 import psycopg
 
+from .appends import Identity
 from .database import Connection, Database, Limit, translate
 from .errors import Error, ListenUnavailable
 from .queries import Queries
-from .writer import Identity
 
 __all__ = ["Listener"]
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from psycopg.rows import TupleRow
 
+from .appends import MARGIN, Identity
 from .arrays import Int8Array
 from .backend import (
     Attachment,
@@ -33,7 +34,7 @@ from .fetcher import Fetcher
 from .finish import Finisher
 from .hub import Hub
 from .queries import Queries
-from .writer import MARGIN, Identity, Writer
+from .writer import Writer
 
 __all__ = ["Log"]
 

@@ -41,6 +41,7 @@ _statement(
     # A worker's life. Two int4 keys: the schema's oid, so that two schemas in one database do not meet, and the number.
     "SELECT pg_advisory_lock(%(oid)s::bigint::bit(32)::int, (%(me)s::bigint %% 2147483648)::int)",
 )
+_statement("note_timeline", "SELECT {s}.note_timeline()")
 _statement("ping", "SELECT pg_notify(%(channel)s, %(payload)s)")
 
 # --- sessions -------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ _statement(
     # One error final for each open call of a list, after what its worker has stored. Run it with the owners locked.
     """
     WITH open AS (
-        SELECT number, request_id, floor FROM {s}.streams
+        SELECT number, request_id, greatest(floor, last_seq) AS floor FROM {s}.streams
          WHERE number = ANY(%(streams)b::bigint[]) AND final_seq IS NULL AND request_key IS NOT NULL
          ORDER BY number FOR UPDATE
     ), last AS (
@@ -319,6 +320,18 @@ _statement(
     """
     SELECT stream, seq, created_at FROM {s}.events
      WHERE stream = ANY(%(streams)b::bigint[]) AND created_at >= %(bound)s AND origin = %(origin)s ORDER BY stream, seq
+    """,
+)
+_statement(
+    "behind",
+    # Streams of which the log holds less than this worker was acknowledged. Their next number, a final's, lies above
+    # all that a client may have been given.
+    """
+    UPDATE {s}.streams t SET last_seq = greatest(t.last_seq, w.stored)
+      FROM unnest(%(streams)b::bigint[], %(stored)b::bigint[]) w(stream, stored)
+     WHERE t.number = w.stream AND t.final_seq IS NULL AND w.stored > greatest(t.floor, coalesce(
+           (SELECT max(seq) FROM {s}.events WHERE stream = w.stream AND created_at >= %(bound)s), 0))
+    RETURNING t.number
     """,
 )
 _statement(

@@ -48,6 +48,7 @@ Table(
     Column("singleton", Boolean, primary_key=True, server_default=text("true")),
     Column("partition_interval", Text, nullable=False, comment="Length of a partition of events; UTC bounds."),
     Column("oldest_worker", Text, nullable=False, comment="Workers of an older revision than this refuse to start."),
+    Column("timeline", Text, comment="Of the server's write-ahead log; another one means a failover."),
     CheckConstraint("singleton"),
     CheckConstraint("partition_interval IN ('hour', 'day', 'week', 'month')"),
     comment="One row: what holds for the whole schema.",
@@ -108,7 +109,7 @@ Table(
     Column(
         "reader_worker",
         BigInteger,
-        comment="The worker that the newest reader is attached to; null while there is none.",
+        comment="The worker of the newest reader; null if that left before the end of the stream.",
     ),
     _count("reader_generation", comment="Rises with every attach: the newest reader wins."),
     _count(

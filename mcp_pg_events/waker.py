@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 
 import psycopg
 
+from .appends import Identity
 from .arrays import Int8Array
 from .database import Connection, Limit, is_outage, translate
 from .errors import Error
 from .queries import Queries
-from .writer import Identity
 
 __all__ = ["Waker"]
 

@@ -13,12 +13,12 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from .appends import Identity
 from .database import Database
 from .errors import Error
 from .finish import Finisher
 from .listener import Listener
 from .queries import Queries
-from .writer import Identity
 
 __all__ = ["Watch"]
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import psycopg
 
+from .appends import Identity
 from .arrays import TextArray
 from .database import Connection, Database, connect, translate
 from .errors import DatabaseUnavailable, Error, NotMigrated, SchemaTooOld, WorkerTooOld
@@ -29,7 +30,7 @@ from .queries import Queries
 from .schema import NEEDS, REVISION, quote_schema
 from .waker import Waker
 from .watch import Watch
-from .writer import Identity, Writer
+from .writer import Writer
 
 __all__ = ["App", "Worker", "WorkerSettings"]
 
@@ -75,12 +76,15 @@ class Worker:
         self._renewal: asyncio.Task[None] | None = None
         self._outage_noted = 0.0
         self.database = Database(
-            settings.dsn, max_connections=settings.max_connections, prepare_threshold=settings.prepare_threshold
+            settings.dsn,
+            max_connections=settings.max_connections,
+            prepare_threshold=settings.prepare_threshold,
+            first=self._queries.note_timeline,
         )
 
     async def start(self) -> None:
         settings, queries = self._settings, self._queries
-        first = await self._connect()
+        first = await connect(settings.dsn, prepare_threshold=None)
         try:
             schema_oid = await self._check(first)
         finally:
@@ -97,7 +101,7 @@ class Worker:
             self.waker.add,
             outage_timeout=settings.outage_timeout,
             on_lost=self._lost,
-            on_broken=lambda stream: self.spawn(self.finisher.finish_own([stream], "not_stored")),
+            on_broken=lambda stream, reason: self.spawn(self.finisher.finish_own([stream], reason)),
         )
         self.finisher = Finisher(
             self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix, schema_oid
@@ -163,7 +167,10 @@ class Worker:
         await self.database.close()
 
     async def _connect(self) -> Connection:
-        return await connect(self._settings.dsn, prepare_threshold=self._settings.prepare_threshold)
+        settings = self._settings
+        return await connect(
+            settings.dsn, prepare_threshold=settings.prepare_threshold, first=self._queries.note_timeline
+        )
 
     async def _check(self, connection: Connection) -> int:
         """Whether this worker and the database fit, and the schema's oid."""

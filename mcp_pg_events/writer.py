@@ -11,25 +11,22 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 import psycopg
 from psycopg import errors
 
-from .arrays import Int8Array, TextArray
+from .appends import Appends, Entry, Identity, Refused
 from .backend import Event, Stream
-from .database import Connection, Limit, is_outage, translate
+from .database import Connection, is_outage, translate
 from .errors import AppendRefused, DatabaseUnavailable, Error, StoreClosed, WorkerFenced
 from .hub import Hub
 from .queries import Queries
 
-__all__ = ["MARGIN", "Identity", "Writer"]
+__all__ = ["Writer"]
 
 logger = logging.getLogger(__name__)
-
-MARGIN: Final = timedelta(minutes=10)
-"""How far the database's clock may step back before a read's lower bound hides an event until the next poll."""
 
 BATCH_EVENTS: Final = 1000
 BATCH_BYTES: Final = 8 * 1024 * 1024
@@ -43,34 +40,12 @@ STALL: Final = 2.0
 _ENDED: Final = "The stream has ended, so nothing more can follow in it"
 
 
-class Identity:
-    """This worker's number in the database and its fence, shared by all parts; both change when it was declared
-    dead."""
-
-    __slots__ = ("epoch", "number")
-
-    def __init__(self, number: int, epoch: int = 0) -> None:
-        self.number = number
-        self.epoch = epoch
-
-
-class _Entry:
-    __slots__ = ("done", "final", "payload", "seq", "stream")
-
-    def __init__(self, stream: Stream, seq: int, payload: bytes, final: bool, done: asyncio.Future[int]) -> None:
-        self.stream = stream
-        self.seq = seq
-        self.payload = payload
-        self.final = final
-        self.done = done
-
-
 class Writer:
     """Appends of all callers, in the order in which they came, one flush at a time.
 
     `outage_timeout` (seconds) bounds how long appends wait for a database that does not answer; `on_lost` is called
     once when it passed, or when this worker was declared dead: every append then fails until `renew`. `on_broken` is
-    called for a stream that cannot go on, since the database refuses one of its events.
+    called with a stream that cannot go on and the reason: the database refuses one of its events, or has lost some.
     """
 
     def __init__(
@@ -83,18 +58,16 @@ class Writer:
         *,
         outage_timeout: float,
         on_lost: Callable[[Error], None],
-        on_broken: Callable[[int], None],
+        on_broken: Callable[[int, str], None],
     ) -> None:
-        self._connect = connect
-        self._queries = queries
+        self._appends = Appends(connect, queries, identity)
         self._hub = hub
         self._wake = wake
         self._outage_timeout = outage_timeout
         self._on_lost = on_lost
         self._on_broken = on_broken
         self._identity = identity
-        self._connection: Connection | None = None
-        self._queue: deque[_Entry] = deque()
+        self._queue: deque[Entry] = deque()
         self._pending_bytes = 0
         self._work = asyncio.Event()
         self._room = asyncio.Event()
@@ -103,6 +76,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
         self._unsure = False
+        self._suspicious = False
         self._lost: Error | None = StoreClosed()
         self.stalled_since: float | None = None
         """When (loop time) the database stopped taking events; None while it takes them."""
@@ -110,7 +84,7 @@ class Writer:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._connection = await self._connect()
+        await self._appends.ready()
         self.renew()
         self._task = asyncio.create_task(self._run(), name="mcp_pg_events.writer")
 
@@ -135,7 +109,7 @@ class Writer:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
         self._fail_all(StoreClosed())
-        await self._drop_connection()
+        await self._appends.close()
 
     def sessions(self) -> set[str]:
         """The sessions with a call that runs here."""
@@ -190,7 +164,7 @@ class Writer:
         if not stream.shared:
             stream.next_seq = seq + 1
         stream.closed = final
-        entry = _Entry(stream, seq, payload, final, asyncio.get_running_loop().create_future())
+        entry = Entry(stream, seq, payload, final, asyncio.get_running_loop().create_future())
         self._queue.append(entry)
         self._pending_bytes += len(payload)
         self._work.set()
@@ -201,17 +175,17 @@ class Writer:
             await self._work.wait()
             self._work.clear()
             if self._unsure and not self._queue:
-                await self._flush([], self._store_own)
+                await self._flush([], self._appends.store_own)
             while self._queue:
                 own, shared = self._take()
                 if own:
-                    await self._flush(own, self._store_own)
+                    await self._flush(own, self._appends.store_own)
                 if shared:
-                    await self._flush(shared, self._store_shared)
+                    await self._flush(shared, self._appends.store_shared)
 
-    def _take(self) -> tuple[list[_Entry], list[_Entry]]:
-        own: list[_Entry] = []
-        shared: list[_Entry] = []
+    def _take(self) -> tuple[list[Entry], list[Entry]]:
+        own: list[Entry] = []
+        shared: list[Entry] = []
         size = 0
         # Several objects may stand for a shared stream here, each unaware of the other's final.
         finals: set[int] = set()
@@ -230,7 +204,7 @@ class Writer:
         self._room.set()
         return own, shared
 
-    async def _flush(self, batch: list[_Entry], store: Callable[[Sequence[_Entry], str], Awaitable[datetime]]) -> None:
+    async def _flush(self, batch: list[Entry], store: Callable[[Sequence[Entry], str], Awaitable[datetime]]) -> None:
         """Store a batch, whatever it takes within the bound; then publish, acknowledge, wake."""
         self._flushes += 1
         origin = f"{self._identity.number}-{self._flushes}"
@@ -245,23 +219,24 @@ class Writer:
                 return
             stall = loop.call_later(STALL, self._note_stall, "it does not answer")
             try:
-                if self._connection is None or self._connection.closed:
-                    self._connection = await self._connect()
-                with Limit(self._connection, self._time_left()):
+                self._suspicious |= await self._appends.ready()
+                with self._appends.limit(self._time_left()):
+                    if self._suspicious:
+                        await self._find_behind()
+                        continue
                     if self._unsure:
                         await self._find_ended()
                         continue
-                    if doubtful and await self._find_stored(batch, origin):
-                        stored_at = await self._clock()
-                    else:
+                    stored_at = await self._appends.find_stored(batch, origin) if doubtful else None
+                    if stored_at is None:
                         stored_at = await store(batch, origin)
                 self._end_stall()
                 self._acknowledge(batch, stored_at)
                 return
-            except _Refused:
+            except Refused:
                 self._unsure = True
             except errors.CheckViolation as error:
-                if partitions_made == 3 or not await self._make_partition():
+                if partitions_made == 3 or not await self._appends.make_partition():
                     await self._refuse_or_split(batch, store, error)
                     return
                 partitions_made += 1
@@ -271,7 +246,7 @@ class Writer:
                     return
                 if not isinstance(error, errors.SerializationFailure | errors.DeadlockDetected):
                     doubtful = True
-                    await self._drop_connection()
+                    await self._appends.close()
                 self._note_stall(str(translate(error)))
                 if self._time_left() <= pause:
                     self._lose(
@@ -285,48 +260,7 @@ class Writer:
         for entry in batch:
             _fail(entry, self._lost or StoreClosed())
 
-    async def _store_own(self, batch: Sequence[_Entry], origin: str) -> datetime:
-        finals = [entry for entry in batch if entry.final]
-        rows = await self._execute(
-            self._queries.append,
-            {
-                "streams": Int8Array(entry.stream.number for entry in batch),
-                "seqs": Int8Array(entry.seq for entry in batch),
-                "payloads": TextArray(entry.payload for entry in batch),
-                "final_streams": Int8Array(entry.stream.number for entry in finals),
-                "final_seqs": Int8Array(entry.seq for entry in finals),
-            },
-        )
-        if not rows:
-            raise _Refused
-        stored_at: datetime = rows[0][0]
-        return stored_at
-
-    async def _store_shared(self, batch: Sequence[_Entry], origin: str) -> datetime:
-        rows = await self._execute(
-            self._queries.append_shared,
-            {
-                "streams": Int8Array(entry.stream.number for entry in batch),
-                "payloads": TextArray(entry.payload for entry in batch),
-                "finals": Int8Array(int(entry.final) for entry in batch),
-                "origin": origin,
-            },
-        )
-        if not rows:
-            raise _Refused
-        for place, seq, _ in rows:
-            # No number: the stream ended meanwhile. The acknowledgement tells its caller.
-            batch[place - 1].seq = seq if seq is not None else 0
-        stored_at: datetime = rows[0][2]
-        return stored_at
-
-    async def _execute(self, statement: bytes, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
-        assert self._connection is not None
-        parameters |= {"me": self._identity.number, "epoch": self._identity.epoch}
-        cursor = await self._connection.execute(statement, parameters)
-        return await cursor.fetchall() if cursor.description else []
-
-    def _acknowledge(self, batch: Sequence[_Entry], stored_at: datetime) -> None:
+    def _acknowledge(self, batch: Sequence[Entry], stored_at: datetime) -> None:
         streams = set()
         for entry in batch:
             if entry.seq == 0:
@@ -334,6 +268,7 @@ class Writer:
                 _fail(entry, AppendRefused(_ENDED))
                 continue
             streams.add(entry.stream.number)
+            entry.stream.stored = entry.seq
             self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at))
             if entry.final:
                 self._closed(entry.stream.number)
@@ -343,83 +278,24 @@ class Writer:
 
     # --- when it does not work ----------------------------------------------------------------------------------------
 
-    async def _find_stored(self, batch: Sequence[_Entry], origin: str) -> bool:
-        """Whether a flush whose connection broke had been committed. One statement: all of it or nothing.
-
-        Taking the worker's own row FOR UPDATE first waits for the old backend, which holds it while its flush runs.
-        """
-        connection = self._connection
-        assert connection is not None
-        async with connection.transaction():
-            await connection.execute("SET LOCAL lock_timeout = '2s'")
-            cursor = await connection.execute(self._queries.lock_self, {"me": self._identity.number})
-            if await cursor.fetchone() is None:
-                raise _Refused
-            first = batch[0]
-            bound = (first.stream.created_at - MARGIN) if first.stream.created_at else datetime.min
-            if not first.stream.shared:
-                cursor = await connection.execute(
-                    self._queries.was_appended,
-                    {
-                        "stream": first.stream.number,
-                        "seq": first.seq,
-                        "bound": bound,
-                        "payload": first.payload.decode(),
-                    },
-                    prepare=False,
-                )
-                row = await cursor.fetchone()
-                return bool(row and row[0])
-            cursor = await connection.execute(
-                self._queries.was_appended_shared,
-                {"streams": Int8Array({entry.stream.number for entry in batch}), "bound": bound, "origin": origin},
-                prepare=False,
-            )
-            found: dict[int, deque[int]] = {}
-            for stream, seq, _ in await cursor.fetchall():
-                found.setdefault(stream, deque()).append(seq)
-        if not found:
-            return False
-        for entry in batch:
-            numbers = found.get(entry.stream.number)
-            entry.seq = numbers.popleft() if numbers else 0
-        return True
-
-    async def _clock(self) -> datetime:
-        assert self._connection is not None
-        row = await (await self._connection.execute("SELECT now()")).fetchone()
-        assert row is not None
-        now: datetime = row[0]
-        return now
-
-    async def _make_partition(self) -> bool:
-        """No partition takes the present: nobody made one ahead. An append never fails for that."""
-        assert self._connection is not None
-        logger.warning("No partition takes the present time; making one. Is the retention job running?")
-        try:
-            await self._connection.execute(self._queries.ensure_partitions, {"ahead": 2})
-        except (psycopg.Error, OSError) as error:
-            logger.error("A partition for the present could not be made: %s", translate(error))
-            return is_outage(error)
-        return True
-
     async def _find_ended(self) -> None:
         """The fence refused: somebody ended streams of this worker, or the worker. Which?"""
-        assert self._connection is not None
-        cursor = await self._connection.execute(self._queries.own_epoch, {"me": self._identity.number})
-        row = await cursor.fetchone()
-        if row is None:
+        ended = await self._appends.find_ended(self._open)
+        if ended is None:
             self._lose(WorkerFenced())
             return
-        cursor = await self._connection.execute(
-            self._queries.finished_streams, {"streams": Int8Array(self._open)}, prepare=False
-        )
-        ended = await cursor.fetchall()
-        # The epoch was read first, the streams after it: what ended in between has raised the epoch again.
-        self._identity.epoch = row[0]
         self._unsure = False
-        for (number,) in ended:
+        for number in ended:
             self.ended_elsewhere(number)
+
+    async def _find_behind(self) -> None:
+        """The connection was lost: has the log lost something with it?"""
+        behind = await self._appends.find_behind(list(self._open.values()))
+        self._suspicious = False
+        for number in behind:
+            logger.error("The database lost acknowledged events of stream %d, so its call ends", number)
+            self.ended_elsewhere(number)
+            self._on_broken(number, "data_lost")
 
     def ended_elsewhere(self, number: int) -> None:
         """Somebody else wrote a stream's final: its call here is to end."""
@@ -430,8 +306,8 @@ class Writer:
 
     async def _refuse_or_split(
         self,
-        batch: list[_Entry],
-        store: Callable[[Sequence[_Entry], str], Awaitable[datetime]],
+        batch: list[Entry],
+        store: Callable[[Sequence[Entry], str], Awaitable[datetime]],
         error: BaseException,
     ) -> None:
         """The statement is at fault: one event must not take the others of its batch with it."""
@@ -445,7 +321,7 @@ class Writer:
         if not entry.stream.shared:
             # Its number is lost, so nothing can follow it but an error that ends the stream.
             self.ended_elsewhere(entry.stream.number)
-            self._on_broken(entry.stream.number)
+            self._on_broken(entry.stream.number, "not_stored")
 
     def _note_stall(self, why: str) -> None:
         if self.stalled_since is None:
@@ -488,13 +364,8 @@ class Writer:
         for number in list(self._open):
             self.ended_elsewhere(number)
 
-    async def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
 
-
-def _still_open(batch: list[_Entry]) -> list[_Entry]:
+def _still_open(batch: list[Entry]) -> list[Entry]:
     """What is left when the events of streams that somebody else ended are refused."""
     left = [entry for entry in batch if not entry.stream.ended]
     if len(left) < len(batch):
@@ -504,11 +375,7 @@ def _still_open(batch: list[_Entry]) -> list[_Entry]:
     return left
 
 
-class _Refused(Exception):
-    """The fence let nothing through."""
-
-
-def _fail(entry: _Entry, error: Exception) -> None:
+def _fail(entry: Entry, error: Exception) -> None:
     if not entry.done.done():
         entry.done.set_exception(error)
         # A caller that was cancelled never looks; that must not be reported as an error nobody retrieved.

@@ -6,3 +6,4 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON {schema}.sessions, {schema}.streams, {sc
 GRANT SELECT, INSERT ON {schema}.events TO {role};
 GRANT SELECT ON {schema}.settings, {schema}.alembic_version TO {role};
 GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(integer) TO {role};
+GRANT EXECUTE ON FUNCTION {schema}.note_timeline() TO {role};

@@ -9,8 +9,8 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..demo.run import Verdict
 
 __all__ = ["demo"]
+
+_T = TypeVar("_T")
 
 
 def demo(
@@ -56,13 +58,16 @@ def demo(
 
     from ..demo.run import Options, run
 
-    signal.signal(signal.SIGTERM, _interrupt)
     seed = random.randrange(1_000_000) if seed is None else seed
     console = Console(highlight=False)
     started = time.monotonic()
     database = _database(Settings.given(dsn=dsn).database, console)
     options = Options(events=events, seconds=seconds, cuts=cuts, seed=seed)
-    verdict = asyncio.run(run(options, database, console))
+    try:
+        verdict = asyncio.run(_interruptible(run(options, database, console)))
+    except asyncio.CancelledError:
+        console.print("Interrupted.")
+        raise typer.Exit(130) from None
     _print_verdict(console, verdict, seed, time.monotonic() - started)
     if not verdict.passed:
         raise typer.Exit(1)
@@ -72,8 +77,10 @@ def demo(
 def _database(dsn: str | None, console: Console) -> Iterator[tuple[str, str]]:
     """A DSN and a migrated schema in it that is nobody else's, both gone afterwards if they were made here."""
     if dsn is None:
-        from ..embedded import embedded_postgres
+        from ..embedded import available, embedded_postgres
 
+        if not available():
+            raise ConfigurationError(NOT_INSTALLED)
         with tempfile.TemporaryDirectory(prefix="mcp-pg-events-", ignore_cleanup_errors=True) as home:
             console.print(f"No DSN given: starting a PostgreSQL in {home}.", soft_wrap=True)
             with embedded_postgres(home) as dsn:
@@ -86,8 +93,8 @@ def _database(dsn: str | None, console: Console) -> Iterator[tuple[str, str]]:
 
     schema = f"mcp_events_demo_{secrets.token_hex(4)}"
     console.print(f"Using the schema {schema} in the given database; it is removed at the end.", soft_wrap=True)
+    migrate.upgrade(dsn, schema=schema)
     try:
-        migrate.upgrade(dsn, schema=schema)
         yield dsn, schema
     finally:
         with contextlib.suppress(psycopg.Error), psycopg.connect(database.normalise_dsn(dsn)) as connection:
@@ -125,6 +132,21 @@ def _print_verdict(console: Console, verdict: Verdict, seed: int, took: float) -
     console.print(f"{outcome} [dim]({took:.1f} s, --seed {seed})[/]", soft_wrap=True)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    # Ends the workers and the database on the way out, as Ctrl-C does.
-    raise KeyboardInterrupt
+async def _interruptible(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work`; Ctrl-C and SIGTERM cancel it once, so that it ends its processes and its database on the way out.
+
+    Further signals change nothing: an exception in the middle of that would leave something behind.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    signalled = False
+
+    def cancel() -> None:
+        nonlocal signalled
+        if not signalled:
+            signalled = True
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, cancel)
+    return await work

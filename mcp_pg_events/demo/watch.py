@@ -14,7 +14,7 @@ SELECT s.number, s.method, runs.pid, reads.pid, s.final_seq IS NOT NULL,
        (SELECT count(*) FROM {schema}.events e WHERE e.stream = s.number)
   FROM {schema}.streams s
   LEFT JOIN {schema}.workers runs ON runs.number = s.worker
-  LEFT JOIN {schema}.workers reads ON reads.number = s.reader_worker
+  LEFT JOIN {schema}.workers reads ON reads.number = s.reader_worker AND s.final_seq IS NULL
  ORDER BY s.number
 """
 

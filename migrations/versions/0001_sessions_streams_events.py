@@ -18,10 +18,12 @@ TABLES = """
 CREATE TABLE settings (
     singleton boolean PRIMARY KEY DEFAULT true CHECK (singleton),
     partition_interval text NOT NULL CHECK (partition_interval IN ('hour', 'day', 'week', 'month')),
-    oldest_worker text NOT NULL
+    oldest_worker text NOT NULL,
+    timeline text
 );
 COMMENT ON TABLE settings IS 'One row: what holds for the whole schema.';
 COMMENT ON COLUMN settings.partition_interval IS 'Length of a partition of events; UTC bounds.';
+COMMENT ON COLUMN settings.timeline IS 'Of the server''s write-ahead log; another one means a failover.';
 COMMENT ON COLUMN settings.oldest_worker IS 'Workers of an older revision than this refuse to start.';
 
 CREATE TABLE workers (
@@ -95,7 +97,7 @@ COMMENT ON COLUMN streams.request_key IS 'The same id as the SDK coerces it, for
 COMMENT ON COLUMN streams.worker IS
     'The worker that runs the request and appends its events; null where several workers append.';
 COMMENT ON COLUMN streams.reader_worker IS
-    'The worker that the newest reader is attached to; null while there is none.';
+    'The worker of the newest reader; null if that left before the end of the stream.';
 COMMENT ON COLUMN streams.reader_generation IS 'Rises with every attach: the newest reader wins.';
 COMMENT ON COLUMN streams.cursor IS
     'The highest seq that was handed to a reader which left: where one that names no event goes on.';
@@ -140,9 +142,11 @@ def upgrade() -> None:
     interval = op.get_context().opts["partition_interval"]  # one of four known words
     op.execute(f"INSERT INTO settings (partition_interval, oldest_worker) VALUES ('{interval}', '{revision}')")
     op.execute(verbatim(read_sql("ensure_partitions.sql")))
+    op.execute(verbatim(read_sql("note_timeline.sql")))
     op.execute("SELECT ensure_partitions()")
 
 
 def downgrade() -> None:
     op.execute("DROP FUNCTION ensure_partitions(integer)")
+    op.execute("DROP FUNCTION note_timeline()")
     op.execute("DROP TABLE inbox, events, streams, sessions, workers, settings")

@@ -218,13 +218,15 @@ async def test_an_outer_app_made_durable_that_runs_no_lifespan_gets_500_and_the_
 # --- two in one process -----------------------------------------------------------------------------------------------
 
 
-def beside(one: Any, two: Any) -> Starlette:
-    """Both apps in one process, each with its lifespan."""
+def beside(one: Any, two: Any, ending: asyncio.Event | None = None) -> Starlette:
+    """Both apps in one process, each with its lifespan. `ending` is set when these begin to end."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         async with one.router.lifespan_context(one), two.router.lifespan_context(two):
             yield
+            if ending is not None:
+                ending.set()
 
     return Starlette(routes=[Mount("/one", one), Mount("/two", two)], lifespan=lifespan)
 
@@ -251,18 +253,17 @@ async def test_two_apps_of_one_store_let_calls_finish_when_they_leave(
     monkeypatch.setenv("TEST_DIRECTORY", str(tmp_path))
     store = PostgresStore(migrated_once)
     apps = [durable(http_app(mcpserver(name)), store) for name in ("one", "two")]
-    elsewhere = durable(http_app(mcpserver(which)), migrated_once)
-    async with serving(elsewhere) as remaining:
+    ending = asyncio.Event()
+    async with serving(durable(http_app(mcpserver(which)), migrated_once)) as remaining:
         leaving = contextlib.AsyncExitStack()
-        url = await leaving.enter_async_context(serving(beside(*apps)))
+        url = await leaving.enter_async_context(serving(beside(*apps, ending)))
         session = await Session.initialize(url, path=f"/{which}/mcp")
         call = await session.call("wait", {"key": "k"})
         priming = await anext(call.events())
         while not (tmp_path / "k.waiting").exists():  # noqa: ASYNC110 (the tool makes it)
             await asyncio.sleep(0.01)
         gone = asyncio.create_task(leaving.aclose())
-        while not store.draining and not gone.done():  # noqa: ASYNC110 (the lifespans end when uvicorn comes to it)
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(ending.wait(), 10)
         session.path = "/mcp"
         resumed = await session.get(priming.id, base_url=remaining)
         (tmp_path / "k").touch()

@@ -169,16 +169,16 @@ async def test_a_session_that_ends_anywhere_makes_room_for_another(migrated_once
 
 
 async def test_the_idle_timeout_goes_by_the_clock_of_the_database(migrated_once: str) -> None:
-    apps = [http_app(make("idle"), session_idle_timeout=60) for make in FRAMEWORKS.values()]
+    apps = [http_app(make("idle"), session_idle_timeout=600) for make in FRAMEWORKS.values()]
     async with workers(migrated_once, *apps) as urls:
         session = await Session.initialize(urls[0])
         priming = await anext((await session.call("echo", {"text": "x"}, base_url=urls[1])).events())
         query(
-            migrated_once, "UPDATE sessions SET seen_at = seen_at - interval '59 s' WHERE id = %s", session.session_id
+            migrated_once, "UPDATE sessions SET seen_at = seen_at - interval '500 s' WHERE id = %s", session.session_id
         )
         assert await session.call_result("echo", {"text": "not yet"}, base_url=urls[1]) == "not yet"
         query(
-            migrated_once, "UPDATE sessions SET seen_at = seen_at - interval '61 s' WHERE id = %s", session.session_id
+            migrated_once, "UPDATE sessions SET seen_at = seen_at - interval '601 s' WHERE id = %s", session.session_id
         )
         for url in urls:
             for response in (
@@ -193,7 +193,7 @@ async def test_the_idle_timeout_goes_by_the_clock_of_the_database(migrated_once:
 async def ended_by_idling(dsn: str, session: Session) -> None:
     """Return when a worker has ended the session."""
     async with asyncio.timeout(20):
-        ended = "SELECT FROM sessions WHERE id = %s AND ended_reason = 'idle'"
+        ended = "SELECT 1 FROM sessions WHERE id = %s AND ended_reason = 'idle'"
         while not query(dsn, ended, session.session_id):  # noqa: ASYNC110 (a row that another worker changes)
             await asyncio.sleep(0.05)
 

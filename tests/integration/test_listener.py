@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mcp_pg_events import PostgresStore, listener
+from mcp_pg_events import PostgresStore, inbox, listener, watch
 from mcp_pg_events.backend import SessionKey
 from mcp_pg_events.errors import ListenUnavailable
 from mcp_pg_events.reader import ReaderOptions, SSEReader
@@ -103,8 +103,8 @@ async def test_a_listening_connection_that_is_ended_again_and_again_in_mid_call_
 
 async def test_lost_notifications_delay_by_the_poll_interval_and_no_more(migrated_once: str) -> None:
     async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
-        key, opened = await open_session(store)
-        stream, shared = await open_call(store, key), standalone(key, opened)
+        key, _ = await open_session(store)
+        stream = await open_call(store, key)
         async with response(other, key, stream.number, poll_interval=0.2) as client:
             await store.log.append(stream, NOTE)
             await client.until(1)
@@ -112,29 +112,71 @@ async def test_lost_notifications_delay_by_the_poll_interval_and_no_more(migrate
             for seq in range(2, 5):
                 await store.log.append(stream, NOTE)
                 await client.until(seq)
-            # A stream with a writer on each worker: what its own worker says, and what it lost of the other's.
-            held = await other.log.attach(key, None, None, patience=1)
-            assert held.stream == shared.number
             await store.log.append(stream, RESULT, final=True)
         assert client.seqs == [1, 2, 3, 4, 5]
         assert proxy.lost >= 3, "they came by another way"
 
 
+async def test_an_older_reader_finds_out_that_there_is_a_newer_one_though_nobody_could_tell(migrated_once: str) -> None:
+    async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
+        key, _ = await open_session(store)
+        stream = await open_call(store, key)
+        async with response(other, key, stream.number, poll_interval=0.2) as client:
+            proxy.deaf = True
+            await store.log.attach(key, stream.number, 0, patience=1)
+            await store.log.append(stream, NOTE)
+        assert client.seqs == [], "it went on for its successor"
+        assert proxy.lost >= 1
+
+
+async def test_a_letter_whose_announcement_is_lost_only_comes_later(
+    migrated_once: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "POLL_INTERVAL", 0.2)
+    async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
+        letters: list[tuple[str, str]] = []
+
+        def receive(session_id: str, payload: str) -> bool:
+            letters.append((session_id, payload))
+            return True
+
+        leave = other.register(receive, lambda session_id: None, lambda: None)
+        proxy.deaf = True
+        for number in range(3):
+            assert await store.log.post([other.worker_number()], "session", str(number)) == 1
+        await until(lambda: len(letters) == 3)
+        assert letters == [("session", str(number)) for number in range(3)]
+        leave()
+
+
+async def test_a_call_learns_that_its_session_ended_though_nobody_could_tell(
+    migrated_once: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that sends nothing would otherwise work for nobody, for as long as it likes (invariant 8)."""
+    monkeypatch.setattr(watch, "STAMP_INTERVAL", 0.2)
+    async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
+        key, _ = await open_session(store)
+        stream = await open_call(other, key)
+        ended = asyncio.Event()
+        stream.on_ended = ended.set
+        proxy.deaf = True
+        await store.log.end_session(key, "deleted")
+        await asyncio.wait_for(ended.wait(), 10)
+
+
 async def test_what_another_worker_wrote_in_between_is_delivered_in_its_place(migrated_once: str) -> None:
-    """The standalone stream: this worker's own events come at once, the notification of the other's is lost."""
+    """The standalone stream: this worker's own events come at once, the notifications of the other's are lost."""
     async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
         key, opened = await open_session(store)
         proxy.deaf = True
-        with contextlib.suppress(asyncio.CancelledError):
-            async with response(other, key, opened.standalone) as client:
-                payloads = [numbered("store" if index % 3 else "other", index) for index in range(12)]
-                for index, payload in enumerate(payloads):
-                    writer = store if index % 3 else other
-                    await writer.log.append(standalone(key, opened), payload)
-                await other.log.append(standalone(key, opened), NOTE)
-                await client.until(13)
-                assert client.seqs == list(range(1, 14))
-                other.hub.end_stream(opened.standalone, "closed")
+        async with response(other, key, opened.standalone) as client:
+            for index in range(12):
+                writer = store if index % 3 else other
+                await writer.log.append(standalone(key, opened), numbered(writer.worker_number(), index))
+            await other.log.append(standalone(key, opened), NOTE)
+            await client.until(13)
+            assert client.seqs == list(range(1, 14))
+            other.hub.end_stream(opened.standalone, "closed")
 
 
 async def test_a_connection_that_has_gone_deaf_is_found_out_and_replaced(

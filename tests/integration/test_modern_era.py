@@ -1,4 +1,4 @@
-"""Requests of 2026-07-28 and later pass a durable app untouched: what comes back is the undurable app's, byte for byte."""
+"""Requests of 2026-07-28 pass a durable app untouched: what comes back is the undurable app's, byte for byte."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ async def running(dsn: str, count: int, **options: Any) -> AsyncIterator[list[Po
 def query(dsn: str, statement: LiteralString | psycopg.sql.Composable, *parameters: Any) -> list[Any]:
     """Run a statement in the schema on another connection, outside any transaction; its rows."""
     with psycopg.connect(dsn, autocommit=True, options="-c search_path=mcp_events") as connection:
-        cursor = connection.execute(statement, parameters)
+        cursor = connection.execute(statement, parameters or None)
         return cursor.fetchall() if cursor.description else []
 
 
