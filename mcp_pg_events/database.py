@@ -128,7 +128,8 @@ async def _prepare(connection: Connection, first: bytes | None) -> None:
     if first is not None:
         try:
             with Limit(connection, 5.0):
-                await connection.execute(first)
+                # With parameters, if none: the statement's percent signs are doubled.
+                await connection.execute(first, {})
         except BaseException:
             await connection.close()
             raise
@@ -279,6 +280,9 @@ class _Sparingly(logging.Filter):
         self._said: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("discarding closed connection"):
+            # It was closed here, on purpose.
+            return False
         arguments = record.args
         if not (isinstance(arguments, tuple) and arguments and arguments[0] == POOL_NAME):
             return True

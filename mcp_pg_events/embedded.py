@@ -36,7 +36,7 @@ from . import embedded_binaries
 from .embedded_binaries import HOME_VARIABLE, default_home
 from .errors import ConfigurationError, DatabaseUnavailable
 
-__all__ = ["available", "default_home", "embedded_postgres"]
+__all__ = ["available", "default_home", "embedded_postgres", "require"]
 
 NOT_INSTALLED = (
     "There is no DSN and no embedded PostgreSQL: give --dsn (or MCP_PG_EVENTS_DSN), "
@@ -54,6 +54,14 @@ _SETTINGS = {
 def available() -> bool:
     """Whether the `embedded` extra is installed."""
     return embedded_binaries.packaged() is not None
+
+
+def require() -> Path:
+    """Where the extra's binaries are; without it, raise ConfigurationError."""
+    packaged = embedded_binaries.packaged()
+    if packaged is None:
+        raise ConfigurationError(NOT_INSTALLED)
+    return packaged
 
 
 @contextlib.contextmanager
@@ -111,9 +119,7 @@ class _Server:
     """The cluster in one home. Every method but `__init__` expects the home's lock to be held."""
 
     def __init__(self, home: Path) -> None:
-        packaged = embedded_binaries.packaged()
-        if packaged is None:
-            raise ConfigurationError(NOT_INSTALLED)
+        packaged = require()
         self.home = home
         self.data = home / "data"
         self.log = home / "postgres.log"

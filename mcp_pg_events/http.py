@@ -6,6 +6,7 @@ does is next: `sessions.py` for messages, `reader.py` for streams.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -38,7 +39,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import sse
-from .backend import CursorRejected, RequestInFlight, SessionKey, SessionLimit, SessionUnknown, Stream
+from .backend import Attachment, CursorRejected, RequestInFlight, SessionKey, SessionLimit, SessionUnknown, Stream
 from .errors import DatabaseUnavailable, Error
 from .hub import Subscription
 from .reader import ReaderOptions, SSEReader, read_final
@@ -53,6 +54,8 @@ __all__ = ["EndpointOptions", "HTTPEndpoint"]
 logger = logging.getLogger(__name__)
 
 SESSION_ID: Final = "mcp-session-id"
+HOLD: Final = 2.0
+"""How often a GET that is held looks whether it still should be, in seconds."""
 _SESSION_ID_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,512}")
 
 
@@ -250,8 +253,7 @@ class HTTPEndpoint:
                 raise _Answer(_cursor_error("malformed"))
             stream, after = cursor
         try:
-            # Held, rather than refused, while the database is away: the SDK's client gives up after two refusals.
-            attachment = await self._log.attach(key, stream, after, patience=self._options.reader.outage_timeout)
+            attachment = await self._attach(key, stream, after, request)
         except CursorRejected as rejected:
             raise _Answer(_cursor_error(rejected.reason)) from None
         if attachment.complete:
@@ -270,6 +272,17 @@ class HTTPEndpoint:
             options=self._options.reader,
         )
         await self._run_reader(reader, subscription, receive, send)
+
+    async def _attach(self, key: SessionKey, stream: int | None, after: int | None, request: Request) -> Attachment:
+        """Held, rather than refused, while the database is away: the SDK's client gives up after two refusals."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._options.reader.outage_timeout
+        while True:
+            try:
+                return await self._log.attach(key, stream, after, patience=HOLD)
+            except DatabaseUnavailable:
+                if self._store.draining or clock() > deadline or await request.is_disconnected():
+                    raise
 
     async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
         headers = [

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -20,6 +22,7 @@ from .appends import Identity
 from .database import Connection, Database, Limit, translate
 from .errors import Error, ListenUnavailable
 from .queries import Queries
+from .schema import REVISION
 
 __all__ = ["Listener"]
 
@@ -65,17 +68,22 @@ class Listener:
         self._receiving: asyncio.Task[None] | None = None
         self._stopping = False
         self._pong = asyncio.Event()
+        self._registered = False
+        self._listening = asyncio.Event()
         self.up_since: float | None = None
         """When (loop time) it began to listen; None while it does not."""
 
     async def start(self) -> None:
-        """Begin to listen.
+        """Register this worker, and begin to listen.
 
         Raises:
             ListenUnavailable: what is sent to the channel does not come back.
             DatabaseUnavailable: there is no connection to be had.
         """
-        await self._open()
+        try:
+            await self._open()
+        except (psycopg.Error, OSError) as error:
+            raise translate(error) from error
         self._tasks = [asyncio.create_task(self._run(), name="mcp_pg_events.listener")]
         if not await self._ping():
             await self.stop()
@@ -94,30 +102,54 @@ class Listener:
         self._tasks = []
         await self._close()
 
-    def renew(self) -> None:
-        """The worker has a new number: a new channel and a new lock, on a new connection."""
-        # Deaf from now on, so that the row is stamped often until the new lock is held.
-        self.up_since = None
+    async def renew(self) -> None:
+        """Register anew: a new number, and so a new channel and a new lock, on a new connection. Returns when they are
+        there, however long the database is away."""
+        self._registered = False
+        self._listening.clear()
         self._drop()
+        await self._listening.wait()
 
     async def _open(self) -> None:
         connection = await self._connect()
         try:
-            number = None
             with Limit(connection, PATIENCE):
                 await connection.execute(_SERVER_KEEPALIVES)
-                while number != self._identity.number:
-                    # Again, where the worker got a new number meanwhile.
-                    number = self._identity.number
-                    channel = psycopg.sql.Identifier(f"{self._prefix}{number}")
-                    await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
+                if self._registered:
                     # Waits for nobody but an old backend of this worker's own, whose connection is gone.
-                    await connection.execute(self._queries.lock_worker, {"oid": self._schema_oid, "me": number})
+                    await connection.execute(
+                        self._queries.lock_worker, {"oid": self._schema_oid, "me": self._identity.number}
+                    )
+                else:
+                    await self._register(connection)
+                channel = psycopg.sql.Identifier(f"{self._prefix}{self._identity.number}")
+                await connection.execute(psycopg.sql.SQL("LISTEN {}").format(channel))
         except BaseException:
             await connection.close()
             raise
         self._connection = connection
         self.up_since = asyncio.get_running_loop().time()
+        if self._registered:
+            self._listening.set()
+
+    async def _register(self, connection: Connection) -> None:
+        self._registered = True
+        try:
+            cursor = await connection.execute(
+                self._queries.register_worker,
+                {
+                    "oid": self._schema_oid,
+                    "host": socket.gethostname()[:255],
+                    "pid": os.getpid(),
+                    "revision": REVISION,
+                },
+            )
+            row = await cursor.fetchone()
+        except BaseException:
+            self._registered = False
+            raise
+        assert row is not None
+        self._identity.number, self._identity.epoch = row[0], 0
 
     async def _run(self) -> None:
         pause = 0.0
@@ -130,6 +162,9 @@ class Listener:
                 pause = 0.0
                 # A task of its own: closing a connection under its `notifies()` would leave that waiting for ever.
                 self._receiving = asyncio.create_task(self._receive())
+                if not self._registered:
+                    # A new number is wanted since this connection was opened.
+                    self._drop()
                 await self._receiving
             except asyncio.CancelledError:
                 if self._stopping:

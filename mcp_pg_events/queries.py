@@ -28,19 +28,24 @@ _statement(
     # What the database is, what it serves, and the key that channels and locks carry (both are database-wide).
     """
     SELECT (SELECT version_num FROM {s}.alembic_version), (SELECT oldest_worker FROM {s}.settings),
-           to_regnamespace(%(schema)s)::oid::bigint, pg_is_in_recovery()
+           to_regnamespace(%(schema)s)::oid::bigint, pg_is_in_recovery(), pg_backend_pid()
     """,
 )
+_LOCK = "pg_advisory_lock(%(oid)s::bigint::bit(32)::int, ({number} %% 2147483648)::int)"
 _statement(
     "register_worker",
-    "INSERT INTO {s}.workers (host, pid, revision) VALUES (%(host)s, %(pid)s, %(revision)s) RETURNING number",
+    # A new worker, on the connection that will be its life: nobody sees the row before the lock is held. Two int4 keys:
+    # the schema's oid, so that two schemas in one database do not meet, and the number.
+    """
+    WITH registered AS (
+        INSERT INTO {s}.workers (host, pid, revision) VALUES (%(host)s, %(pid)s, %(revision)s) RETURNING number
+    )
+    SELECT number, """
+    + _LOCK.format(number="number")
+    + " FROM registered",
 )
 _statement("ensure_partitions", "SELECT {s}.ensure_partitions(%(ahead)s)")
-_statement(
-    "lock_worker",
-    # A worker's life. Two int4 keys: the schema's oid, so that two schemas in one database do not meet, and the number.
-    "SELECT pg_advisory_lock(%(oid)s::bigint::bit(32)::int, (%(me)s::bigint %% 2147483648)::int)",
-)
+_statement("lock_worker", "SELECT " + _LOCK.format(number="%(me)s::bigint"))
 _statement("note_timeline", "SELECT {s}.note_timeline()")
 _statement("ping", "SELECT pg_notify(%(channel)s, %(payload)s)")
 

@@ -248,6 +248,10 @@ class PostgresStore(EventStore):
         """
         return SessionEventStore(self, session_id)
 
+    def __bool__(self) -> bool:
+        """Refuse: the SDK asks this with every request, also of versions for which it stores nothing at first."""
+        raise _misused()
+
     async def store_event(self, stream_id: str, message: JSONRPCMessage | None) -> str:
         """Refuse: see the class."""
         raise _misused()

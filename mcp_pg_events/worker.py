@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,12 +73,7 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewal: asyncio.Task[None] | None = None
         self._outage_noted = 0.0
-        self.database = Database(
-            settings.dsn,
-            max_connections=settings.max_connections,
-            prepare_threshold=settings.prepare_threshold,
-            first=self._queries.note_timeline,
-        )
+        self._prepare_threshold = settings.prepare_threshold
 
     async def start(self) -> None:
         settings, queries = self._settings, self._queries
@@ -89,9 +82,15 @@ class Worker:
             schema_oid = await self._check(first)
         finally:
             await first.close()
+        self.database = Database(
+            settings.dsn,
+            max_connections=settings.max_connections,
+            prepare_threshold=self._prepare_threshold,
+            first=queries.note_timeline,
+        )
         await self.database.open()
         prefix = f"mcp_pg_events_{schema_oid}_"
-        await self._register()
+        await self.database.fetch(queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD}, patience=5)
         self.waker = Waker(self._connect, queries, self.identity, prefix)
         self.writer = Writer(
             self._connect,
@@ -164,12 +163,12 @@ class Worker:
         for name in ("fetcher", "waker", "listener"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
-        await self.database.close()
+        if (database := getattr(self, "database", None)) is not None:
+            await database.close()
 
     async def _connect(self) -> Connection:
-        settings = self._settings
         return await connect(
-            settings.dsn, prepare_threshold=settings.prepare_threshold, first=self._queries.note_timeline
+            self._settings.dsn, prepare_threshold=self._prepare_threshold, first=self._queries.note_timeline
         )
 
     async def _check(self, connection: Connection) -> int:
@@ -186,7 +185,7 @@ class Worker:
                 ) from None
             raise translate(error) from None
         assert row is not None
-        revision, oldest_worker, schema_oid, standby = row
+        revision, oldest_worker, schema_oid, standby, backend = row
         if revision is None or oldest_worker is None or revision < NEEDS:
             raise SchemaTooOld(
                 f"The database's schema {schema!r} is at revision {revision or 'none'}, but this version needs "
@@ -200,16 +199,14 @@ class Worker:
             )
         if standby:
             raise DatabaseUnavailable("The DSN leads to a standby, which takes no writes; give the primary")
+        if self._prepare_threshold is not None and backend != connection.info.backend_pid:
+            # A pooler makes up the process number that its client is told.
+            logger.warning(
+                "The DSN leads through a connection pooler, so no statement is prepared; prepare_threshold=None says so, "
+                "and spares this line"
+            )
+            self._prepare_threshold = None
         return int(schema_oid)
-
-    async def _register(self) -> None:
-        await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD}, patience=5)
-        rows = await self.database.fetch(
-            self._queries.register_worker,
-            {"host": socket.gethostname()[:255], "pid": os.getpid(), "revision": REVISION},
-            patience=5,
-        )
-        self.identity.number, self.identity.epoch = rows[0][0], 0
 
     async def _make_partitions(self) -> None:
         while True:
@@ -242,6 +239,7 @@ class Worker:
     def _resync(self) -> None:
         self.hub.wake_all()
         self.inbox.check()
+        self.writer.look_for_ended()
 
     def _deliver(self, session_id: str, payload: str) -> None:
         if not any([app.receive(session_id, payload) for app in self.apps]):
@@ -275,12 +273,7 @@ class Worker:
     async def _renew(self, reason: str) -> None:
         while self.writer.lost:
             old = self.identity.number
-            try:
-                await self._register()
-            except Error:
-                await asyncio.sleep(1)
-                continue
-            self.listener.renew()
+            await self.listener.renew()
             self.writer.renew()
             logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
             try:

@@ -66,7 +66,7 @@ def migrate(target: Target, connection: Connection | None) -> None:
         if connection is not None and not reads_only:
             reached_base = not running.get_current_heads()
         if reached_base:
-            context.execute("DROP TABLE alembic_version")
+            context.execute("DROP TABLE IF EXISTS alembic_version")  # some versions of Alembic did so themselves
             context.execute(verbatim(drop_schema(schema)))
 
 

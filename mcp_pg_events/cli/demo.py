@@ -77,10 +77,9 @@ def demo(
 def _database(dsn: str | None, console: Console) -> Iterator[tuple[str, str]]:
     """A DSN and a migrated schema in it that is nobody else's, both gone afterwards if they were made here."""
     if dsn is None:
-        from ..embedded import available, embedded_postgres
+        from ..embedded import embedded_postgres, require
 
-        if not available():
-            raise ConfigurationError(NOT_INSTALLED)
+        require()
         with tempfile.TemporaryDirectory(prefix="mcp-pg-events-", ignore_cleanup_errors=True) as home:
             console.print(f"No DSN given: starting a PostgreSQL in {home}.", soft_wrap=True)
             with embedded_postgres(home) as dsn:
@@ -102,6 +101,7 @@ def _database(dsn: str | None, console: Console) -> Iterator[tuple[str, str]]:
 
 
 def _print_verdict(console: Console, verdict: Verdict, seed: int, took: float) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -124,7 +124,7 @@ def _print_verdict(console: Console, verdict: Verdict, seed: int, took: float) -
     if verdict.passed:
         outcome = "[bold green]Every event arrived exactly once and in order.[/]"
     elif verdict.result is None or verdict.failed:
-        outcome = f"[bold red]The call failed[/]: {verdict.result or 'it did not end'}"
+        outcome = f"[bold red]The call failed[/]: {escape(verdict.result or 'it did not end')}"
     else:
         outcome = "[bold red]Events were lost, doubled or out of order.[/]"
     for line in verdict.worker_log:

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 
 from psycopg import AsyncConnection
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import Error
 from .forwarder import Cut, Forwarder, Routed
@@ -153,7 +154,7 @@ class _Demo:
             else:
                 self._verdict.result, self._verdict.failed = facts["result"], facts["failed"]
                 self._view.connected_to = None
-                self._screen.say(f"the client has the result: {facts['result']!r}")
+                self._screen.say(f"the client has the result: {escape(repr(facts['result']))}")
 
     async def _cut(self, forwarder: Forwarder) -> None:
         """Cut once in each of `cuts` equal parts of the call, at a random moment; every other time half open."""
