@@ -4,8 +4,10 @@
         proxy.url               # connect here; each response names its server in `x-worker`: "0", "1", ...
         await proxy.served()    # how many requests each has got
 
-No connection to a worker is used twice, and one that a worker refuses is tried on the next: uvicorn closes idle
-connections at SIGTERM. Responses are passed on as they come.
+No connection to a worker is used twice. A request that a worker refuses, or hangs up on without a word, is tried on the
+next: at SIGTERM uvicorn closes its socket with the connections that wait in it, and those whose request it has not read.
+That is safe, since a request that did arrive is in flight, and refused when it comes again. Responses are passed on as
+they come.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ defaults
     option http-no-delay
     option redispatch 1
     retries 3
-    retry-on conn-failure
+    retry-on conn-failure empty-response
     timeout connect 5s
     timeout client 5m
     timeout server 5m

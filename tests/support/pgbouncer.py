@@ -1,7 +1,7 @@
 """PgBouncer between workers and a PostgreSQL of a test's own.
 
-    async with PgBouncer.before(server) as bouncer:
-        bouncer.dsn         # the workers' role, in transaction mode
+async with PgBouncer.before(server) as bouncer:
+    bouncer.dsn         # the workers' role, in transaction mode
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class PgBouncer:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def before(
-        cls, server: Server, *, mode: str = "transaction", pool_size: int = 3
-    ) -> AsyncIterator[PgBouncer]:
+    async def before(cls, server: Server, *, mode: str = "transaction", pool_size: int = 3) -> AsyncIterator[PgBouncer]:
         """Run one in front of `server` until the block ends; skips the test where there is none installed."""
         program = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
         program = program or require_tool("pgbouncer", "run `apt-get install pgbouncer`.")

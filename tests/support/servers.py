@@ -72,6 +72,9 @@ def migrated_cluster() -> Iterator[Cluster]:
         password = home / "password"
         password.write_text(PASSWORD)
         support._initdb(binaries, template / "data", password, user)
+        with (template / "data" / "pg_hba.conf").open("a") as rules:
+            # Workers in a network namespace of their own come from another address of a network of this machine.
+            rules.write("host all all samenet password\n")
         cluster = Cluster(binaries, template / "data", user)
         asyncio.run(_fill(cluster, template, upgrade))
         yield cluster
@@ -218,8 +221,8 @@ class Server:
         """The DSN of the superuser, in the same database."""
         return self.dsn_of("postgres")
 
-    def dsn_of(self, user: str, dbname: str = DATABASE) -> str:
-        return dsn_url("", host=self.host, port=self.port, user=user, password=PASSWORD, dbname=dbname)
+    def dsn_of(self, user: str, dbname: str = DATABASE, host: str | None = None) -> str:
+        return dsn_url("", host=host or self.host, port=self.port, user=user, password=PASSWORD, dbname=dbname)
 
     async def execute(self, query: str, *parameters: object, dbname: str = DATABASE) -> list[tuple[Any, ...]]:
         """Run one statement as the superuser, on a connection of its own; its rows."""
@@ -228,6 +231,12 @@ class Server:
         ) as connection:
             cursor = await connection.execute(query.encode(), parameters or None)
             return await cursor.fetchall() if cursor.description else []
+
+    async def configure(self, setting: str, value: str | None) -> None:
+        """Change a setting for all sessions that have not changed it themselves; None takes the change back."""
+        change = f"SET {setting} = '{value}'" if value is not None else f"RESET {setting}"
+        await self.execute(f"ALTER SYSTEM {change}")
+        await self.execute("SELECT pg_reload_conf()")
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
@@ -272,11 +281,13 @@ class Server:
             assert copied.returncode == 0, complaint.decode()
             async with Server(self._cluster, home, {})._running() as server:
                 async with asyncio.timeout(START_TIMEOUT):
-                    while not await self.execute(
-                        "SELECT 1 FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'", name
-                    ):
+                    while not await self._streams_to(name):
                         await asyncio.sleep(0.02)
                 yield server
+
+    async def _streams_to(self, name: str) -> bool:
+        query = "SELECT 1 FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
+        return bool(await self.execute(query, name))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ class Worker:
     log: Path
     skip: int = 0
     """How many characters of the output belong to earlier tests."""
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -68,7 +69,7 @@ class Worker:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                _, writer = await asyncio.open_connection(self.host, self.port)
             except OSError:
                 if not self.running or time.monotonic() > deadline:
                     raise AssertionError(f"The worker on port {self.port} did not start:\n{self.output()}") from None
@@ -114,18 +115,22 @@ class Workers:
         """The base URLs of the processes that run."""
         return [worker.url for worker in self.members if worker.running]
 
-    async def add(self, *, port: int | None = None, **environment: str) -> Worker:
-        """Start one more process, and wait until it serves."""
-        worker = await self._spawn(port or free_port(), environment)
+    async def add(
+        self, *, port: int | None = None, host: str = "127.0.0.1", inside: Sequence[str] = (), **environment: str
+    ) -> Worker:
+        """Start one more process, and wait until it serves; `inside` are the words of a command that runs another."""
+        worker = await self._spawn(port or free_port(), environment, host, inside)
         await worker.wait_ready()
         return worker
 
-    async def _spawn(self, port: int, environment: Mapping[str, str]) -> Worker:
+    async def _spawn(
+        self, port: int, environment: Mapping[str, str], host: str = "127.0.0.1", inside: Sequence[str] = ()
+    ) -> Worker:
         log = self.directory / f"worker-{len(self.members)}.log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "uvicorn", f"{self.module}:app"),
-                *("--host", "127.0.0.1", "--port", str(port)),
+                *(*inside, sys.executable, "-m", "uvicorn", f"{self.module}:app"),
+                *("--host", host, "--port", str(port)),
                 *("--log-level", "warning", "--timeout-graceful-shutdown", "5"),
                 cwd=ROOT,
                 env={**os.environ, **self.environment, **environment},
@@ -134,7 +139,7 @@ class Workers:
                 stderr=output,
                 preexec_fn=die_with_parent(signal.SIGTERM),
             )
-        worker = Worker(port, process, log)
+        worker = Worker(port, process, log, host=host)
         self.members.append(worker)
         return worker
 

@@ -1,0 +1,1 @@
+"""The official conformance suite and the TypeScript SDK's client, against real workers."""
