@@ -230,9 +230,9 @@ async def test_a_worker_that_gets_a_new_number_while_it_cannot_listen_listens_un
         await proxy.holding()
         old = other.worker_number()
         parts(other).writer.declared_dead()
-        await until(lambda: other.worker_number() != old and not parts(other).writer.lost)
         await proxy.restore()
         proxy.thaw()
+        await until(lambda: other.worker_number() != old and not parts(other).writer.lost)
         lock = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = %s"
         await until(lambda: query(migrated_once, lock, other.worker_number()))
         stream = await open_call(store, key)

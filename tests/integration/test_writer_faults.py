@@ -145,7 +145,7 @@ async def test_a_commit_of_unknown_outcome_is_stored_exactly_once(migrated_once:
                 await until(lambda: query(migrated_once, waits))
         seqs = await asyncio.wait_for(asyncio.gather(*tasks), 20)
         after = [(await store.log.append(stream, numbered("after", 0)), numbered("after", 0))]
-    assert_stored_once(migrated_once, stream, before + list(zip(seqs, payloads, strict=True)) + after)
+        assert_stored_once(migrated_once, stream, before + list(zip(seqs, payloads, strict=True)) + after)
 
 
 async def test_a_flush_that_never_arrived_is_not_taken_for_the_final_that_did(migrated_once: str) -> None:
@@ -183,7 +183,7 @@ async def test_what_may_work_later_is_tried_again(migrated_once: str, kind: str)
             appends = [store.log.append(stream, payload) for payload in payloads]
             seqs = await asyncio.wait_for(asyncio.gather(*appends), 20)
         assert query(migrated_once, "SELECT last_value >= %s FROM hiccups", len(sqlstates)) == [(True,)]
-    assert_stored_once(migrated_once, stream, list(zip(seqs, payloads, strict=True)))
+        assert_stored_once(migrated_once, stream, list(zip(seqs, payloads, strict=True)))
 
 
 @contextlib.contextmanager
@@ -263,8 +263,8 @@ async def test_a_caller_that_is_cancelled_leaves_no_gap(migrated_once: str, kind
             int,
         ]
         assert await store.log.append(stream, numbered(0, 6)) == 7
-    # Its number was given, so it is stored.
-    assert stored(migrated_once, stream.number) == [(index + 1, numbered(0, index)) for index in range(7)]
+        # Its number was given, so it is stored.
+        assert stored(migrated_once, stream.number) == [(index + 1, numbered(0, index)) for index in range(7)]
 
 
 async def test_a_final_whose_caller_is_cancelled_still_ends_its_stream(migrated_once: str) -> None:
@@ -302,12 +302,10 @@ async def test_what_waits_for_the_database_is_bounded_and_who_waits_for_room_may
         proxy.thaw()
         assert await flushing == 1
         seqs = [await task for task in tasks[::2]]
+        found = stored(migrated_once, stream.number)
     assert seqs == sorted(seqs)
-    assert [seq for seq, _ in stored(migrated_once, stream.number)] == list(
-        range(1, len(stored(migrated_once, stream.number)) + 1)
-    )
-    kept = {json.loads(payload).get("index") for _, payload in stored(migrated_once, stream.number)}
-    assert kept >= set(range(0, 100, 2))
+    assert [seq for seq, _ in found] == list(range(1, len(found) + 1))
+    assert {json.loads(payload).get("index") for _, payload in found} >= set(range(0, 100, 2))
 
 
 # An outage that lasts
