@@ -45,6 +45,10 @@ _DEFAULTS: Final[dict[str, Any]] = {
 }
 
 
+# What the server itself reports has undone the whole transaction, which may so begin again.
+_UNDONE: Final = (errors.ReadOnlySqlTransaction, errors.SerializationFailure, errors.DeadlockDetected)
+
+
 def normalise_dsn(dsn: str) -> str:
     """`dsn` (a URI or key=value pairs) with this package's connection defaults for what it leaves out.
 
@@ -266,7 +270,9 @@ class Database:
                             await connection.close()
                             raise
             except (psycopg.Error, PoolTimeout, OSError) as error:
-                if not is_outage(error) or not again() or loop.time() + pause >= deadline:
+                if not is_outage(error) or loop.time() + pause >= deadline:
+                    raise translate(error) from error
+                if not again() and not isinstance(error, _UNDONE):
                     raise translate(error) from error
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 2 or 0.02)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any, Final, NamedTuple
 
 from mcp_types import CONNECTION_CLOSED
 from psycopg.rows import TupleRow
@@ -21,7 +22,7 @@ from .database import Connection, Database
 from .hub import Hub
 from .queries import Queries
 
-__all__ = ["Finisher", "final_error"]
+__all__ = ["Finisher", "Suspect", "final_error"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,14 @@ _MESSAGES: Final = {
 def final_error(reason: str) -> dict[str, Any]:
     """The JSON-RPC error object of a call that ends without its result: code -32000, and `reason` in its data."""
     return {"code": CONNECTION_CLOSED, "message": _MESSAGES[reason], "data": {"reason": reason}}
+
+
+class Suspect(NamedTuple):
+    """A worker that may be dead: its last stamp, and whether it holds its lock."""
+
+    number: int
+    seen_at: datetime
+    locked: bool
 
 
 class Finisher:
@@ -109,50 +118,57 @@ class Finisher:
             )
         return True
 
-    async def reap(
-        self, worker: int, reason: str, *, grace: float, unresponsive: float, patience: float = PATIENCE
-    ) -> bool:
-        """Declare a worker dead, if it still looks it once its row is locked, and end its calls; or this one, for good.
+    async def reap(self, suspect: Suspect, unresponsive: float) -> bool:
+        """Declare another worker dead, if it is as it was seen once its row is locked, and end its calls.
 
         True when this call did it. Doing it again, or from two workers at once, changes nothing.
         """
 
+        async def still(connection: Connection) -> bool:
+            cursor = await connection.execute(self._queries.suspects, self._suspecting(unresponsive))
+            return suspect in [Suspect(*row) for row in await cursor.fetchall()]
+
+        return await self._end_worker(suspect.number, "worker_lost", still, PATIENCE)
+
+    async def end_worker(self, number: int, reason: str, *, patience: float = PATIENCE) -> bool:
+        """End a number that is or was this worker's own, and the calls that still run under it."""
+
+        async def sure(connection: Connection) -> bool:
+            return True
+
+        return await self._end_worker(number, reason, sure, patience)
+
+    async def _end_worker(
+        self, number: int, reason: str, check: Callable[[Connection], Awaitable[bool]], patience: float
+    ) -> bool:
         async def end(connection: Connection) -> set[int] | None:
-            await connection.execute(self._queries.lock_workers, {"workers": Int8Array([worker])})
-            if worker != self._identity.number and worker not in await self._suspects(connection, grace, unresponsive):
+            await connection.execute(self._queries.lock_workers, {"workers": Int8Array([number])})
+            if not await check(connection):
                 return None
-            cursor = await connection.execute(self._queries.end_worker, {"worker": worker, "reason": reason})
+            cursor = await connection.execute(self._queries.end_worker, {"worker": number, "reason": reason})
             if await cursor.fetchone() is None:
                 return None
-            cursor = await connection.execute(self._queries.worker_streams, {"worker": worker})
+            cursor = await connection.execute(self._queries.worker_streams, {"worker": number})
             finished = await self._finish(connection, await cursor.fetchall(), reason)
-            await connection.execute(self._queries.forget_readers, {"worker": worker})
+            await connection.execute(self._queries.forget_readers, {"worker": number})
             return finished
 
         finished = await self._database.transaction(end, patience=patience)
         if finished is None:
             return False
         level = logging.INFO if reason == "shutdown" else logging.WARNING
-        logger.log(level, "Worker %d is gone (%s); %d running calls ended with it", worker, reason, len(finished))
+        logger.log(level, "Worker %d is gone (%s); %d running calls ended with it", number, reason, len(finished))
         self._announce(finished)
         return True
 
-    async def suspects(self, grace: float, unresponsive: float) -> list[int]:
-        """Other workers that look dead: `grace` without lock and stamp, or `unresponsive` without a stamp (seconds)."""
-        rows = await self._database.fetch(self._queries.suspects, self._suspecting(grace, unresponsive))
-        return [number for (number,) in rows]
+    async def suspects(self, unresponsive: float) -> list[Suspect]:
+        """Other workers without their lock, or without a stamp for `unresponsive` seconds."""
+        return [
+            Suspect(*row) for row in await self._database.fetch(self._queries.suspects, self._suspecting(unresponsive))
+        ]
 
-    async def _suspects(self, connection: Connection, grace: float, unresponsive: float) -> list[int]:
-        cursor = await connection.execute(self._queries.suspects, self._suspecting(grace, unresponsive))
-        return [number for (number,) in await cursor.fetchall()]
-
-    def _suspecting(self, grace: float, unresponsive: float) -> dict[str, Any]:
-        return {
-            "me": self._identity.number,
-            "schema_oid": self._schema_oid,
-            "grace": grace,
-            "unresponsive": unresponsive,
-        }
+    def _suspecting(self, unresponsive: float) -> dict[str, Any]:
+        return {"me": self._identity.number, "schema_oid": self._schema_oid, "unresponsive": unresponsive}
 
     async def finish_own(self, streams: list[int], reason: str) -> None:
         """End calls of this worker's own that will not end by themselves."""

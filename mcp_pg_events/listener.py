@@ -153,6 +153,7 @@ class Listener:
 
     async def _run(self) -> None:
         pause = 0.0
+        explained = False
         while True:
             try:
                 if self._connection is None:
@@ -172,6 +173,10 @@ class Listener:
             except (psycopg.Error, Error, OSError) as error:
                 if self.up_since is not None:
                     logger.warning("The listening connection was lost, connecting again: %s", translate(error))
+                    explained = False
+                elif not explained:
+                    logger.warning("There is no connection to listen on, trying on: %s", translate(error))
+                    explained = True
             finally:
                 await self._close()
             await asyncio.sleep(pause)

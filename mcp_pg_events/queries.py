@@ -508,17 +508,17 @@ _statement("notify", "SELECT pg_notify(%(prefix)s::text || w, %(payload)s) FROM 
 _statement("stamp", "UPDATE {s}.workers SET seen_at = now() WHERE number = %(me)s AND ended_at IS NULL RETURNING epoch")
 _statement(
     "suspects",
-    # Workers that look dead: no lock and no stamp for the grace, or a lock and no stamp for very long.
+    # Other workers that may be dead: without their lock, or without a stamp for very long. `watch.py` judges.
     """
-    SELECT w.number FROM {s}.workers w
-     WHERE w.ended_at IS NULL AND w.number <> %(me)s
-       AND w.seen_at < now() - make_interval(secs => CASE WHEN EXISTS (
-               SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted
-                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                  AND l.classid::bigint = %(schema_oid)s AND l.objid::bigint = w.number %% 2147483648 AND l.objsubid =
-                  2)
-           THEN %(unresponsive)s ELSE %(grace)s END::float8)
-     ORDER BY w.number
+    SELECT number, seen_at, locked FROM (
+        SELECT w.number, w.seen_at, EXISTS (
+                   SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted
+                      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                      AND l.classid::bigint = %(schema_oid)s AND l.objid::bigint = w.number %% 2147483648
+                      AND l.objsubid = 2) AS locked
+          FROM {s}.workers w WHERE w.ended_at IS NULL AND w.number <> %(me)s) other
+     WHERE NOT locked OR seen_at < now() - make_interval(secs => %(unresponsive)s::float8)
+     ORDER BY number
     """,
 )
 _statement(

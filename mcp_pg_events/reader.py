@@ -69,6 +69,8 @@ class SSEReader:
 
     async def respond(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the whole response. Returns when it has ended, whoever ended it."""
+        end = {"type": "http.response.body", "body": b"", "more_body": False}
+        started = ended = False
         async with anyio.create_task_group() as group:
             scope = group.cancel_scope
 
@@ -81,13 +83,19 @@ class SSEReader:
                 hurry()
             group.start_soon(_wait_for_disconnect, receive, scope)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
+            started = True
             if self._primes:
                 await self._send(send, sse.priming_frame(self._stream, self.position, self._options.retry))
             else:
                 await self._send(send, b"")
             await self._write(send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send(end)
+            ended = True
             scope.cancel()
+        if started and not ended:
+            # Cut short, perhaps only since this worker is busy: a clean end, where the client takes it at once.
+            with anyio.move_on_after(0, shield=True):
+                await send(end)
 
     async def _write(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time

@@ -28,6 +28,13 @@ def drain_on_sigterm(store: PostgresStore) -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     installed = {}
+    letting_go: list[asyncio.Task[None]] = []
+
+    def begin(previous: object) -> None:
+        store.begin_drain()
+        if not letting_go:
+            letting_go.append(asyncio.create_task(_let_go_of_stalled(store, getattr(previous, "__self__", None))))
+
     for number in (signal.SIGTERM, signal.SIGINT):
         previous = signal.getsignal(number)
         if not callable(previous):
@@ -35,7 +42,7 @@ def drain_on_sigterm(store: PostgresStore) -> Iterator[None]:
             continue
 
         def handler(signum: int, frame: FrameType | None, previous: object = previous) -> None:
-            loop.call_soon_threadsafe(store.begin_drain)
+            loop.call_soon_threadsafe(begin, previous)
             if callable(previous):
                 previous(signum, frame)
 
@@ -44,6 +51,20 @@ def drain_on_sigterm(store: PostgresStore) -> Iterator[None]:
     try:
         yield
     finally:
+        for task in letting_go:
+            task.cancel()
         for number, (handler, previous) in installed.items():
             if signal.getsignal(number) is handler:
                 signal.signal(number, previous)
+
+
+async def _let_go_of_stalled(store: PostgresStore, server: object) -> None:
+    """uvicorn waits for its connections to close, which one whose client takes nothing never does. After the drain,
+    those that uvicorn itself has closed are aborted; where the handler before ours was no uvicorn's, there are none."""
+    await store.drain()
+    while True:
+        await asyncio.sleep(1)
+        for connection in list(getattr(getattr(server, "server_state", None), "connections", ())):
+            transport = getattr(connection, "transport", None)
+            if transport is not None and transport.is_closing():
+                transport.abort()

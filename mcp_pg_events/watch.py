@@ -1,9 +1,8 @@
 """The life of this worker and the death of others.
 
-Alive is who holds its advisory lock, or has stamped its row lately. Dead is: lock free *and* stamp stale for the grace;
-or a stamp that is stale for very long, since a frozen process holds its lock for ever. Only a worker whose own listener
-has been up for a while judges, since a restart of the database frees every lock at once. Next: `finish.py` ends the
-calls.
+Alive is who holds its advisory lock, or goes on stamping its row. Dead is: lock free *and* no stamp for the grace; or
+no stamp for very long, since a frozen process holds its lock for ever. Only a worker whose own listener has been up for
+a while judges, since a restart of the database frees every lock at once. Next: `finish.py` ends the calls.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Final
 from .appends import Identity
 from .database import Database
 from .errors import Error
-from .finish import Finisher
+from .finish import Finisher, Suspect
 from .listener import Listener
 from .queries import Queries
 
@@ -24,7 +23,7 @@ __all__ = ["Watch"]
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL: Final = 0.5
+WATCH_INTERVAL: Final = 0.3
 STAMP_INTERVAL: Final = 5.0
 STAMP_INTERVAL_DEAF: Final = 0.25
 GRACE: Final = 1.0
@@ -55,6 +54,7 @@ class Watch:
         self._on_declared_dead = on_declared_dead
         self._on_fenced = on_fenced
         self._identity = identity
+        self._free: dict[int, tuple[Suspect, float]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -95,13 +95,25 @@ class Watch:
             await asyncio.sleep(WATCH_INTERVAL)
             up_since = self._listener.up_since
             if up_since is None or loop.time() - up_since < TRUST:
+                self._free.clear()
                 continue
             try:
-                for worker in await self._finisher.suspects(GRACE, self._unresponsive_timeout):
-                    await self._finisher.reap(
-                        worker, "worker_lost", grace=GRACE, unresponsive=self._unresponsive_timeout
-                    )
+                await self._look(loop.time())
             except Error as error:
                 logger.debug("Other workers cannot be watched for now: %s", error)
             except Exception:
                 logger.debug("Other workers cannot be watched for now", exc_info=True)
+
+    async def _look(self, now: float) -> None:
+        free: dict[int, tuple[Suspect, float]] = {}
+        for suspect in await self._finisher.suspects(self._unresponsive_timeout):
+            since = now
+            if not suspect.locked:
+                # The grace begins when its lock is first seen free, and again with each stamp: a worker that has only
+                # lost its listener stamps several times a second.
+                known, first = self._free.get(suspect.number, (None, now))
+                since = first if known == suspect else now
+                free[suspect.number] = suspect, since
+            if suspect.locked or now - since >= GRACE:
+                await self._finisher.reap(suspect, self._unresponsive_timeout)
+        self._free = free

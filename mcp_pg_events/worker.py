@@ -72,7 +72,7 @@ class Worker:
         self._queries = Queries(settings.schema)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewal: asyncio.Task[None] | None = None
-        self._outage_noted = 0.0
+        self._outages_noted: dict[str, float] = {}
         self._prepare_threshold = settings.prepare_threshold
 
     async def start(self) -> None:
@@ -157,7 +157,7 @@ class Worker:
         if (finisher := getattr(self, "finisher", None)) is not None:
             try:
                 # Also the calls that nobody drained.
-                await finisher.reap(self.identity.number, "shutdown", grace=0, unresponsive=0, patience=1)
+                await finisher.end_worker(self.identity.number, "shutdown", patience=1)
             except Error as error:
                 logger.debug("The worker's row was not closed: %s", error)
         for name in ("fetcher", "waker", "listener"):
@@ -202,8 +202,8 @@ class Worker:
         if self._prepare_threshold is not None and backend != connection.info.backend_pid:
             # A pooler makes up the process number that its client is told.
             logger.warning(
-                "The DSN leads through a connection pooler, so no statement is prepared; prepare_threshold=None says so, "
-                "and spares this line"
+                "The DSN leads through a connection pooler, so no statement is prepared; prepare_threshold=None "
+                "says so, and spares this line"
             )
             self._prepare_threshold = None
         return int(schema_oid)
@@ -277,7 +277,7 @@ class Worker:
             self.writer.renew()
             logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
             try:
-                await self.finisher.reap(old, reason, grace=0, unresponsive=0)
+                await self.finisher.end_worker(old, reason)
             except Error as error:
                 logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
 
@@ -297,7 +297,10 @@ class Worker:
         task.add_done_callback(self._tasks.discard)
 
     def note_outage(self, error: Error) -> None:
+        """A request met an outage: one line for all that meet the same within some seconds of each other."""
         now = asyncio.get_running_loop().time()
-        if now - self._outage_noted > 10:
+        if len(self._outages_noted) > 100:
+            self._outages_noted.clear()
+        if now - self._outages_noted.get(str(error), -11.0) > 10.0:
             logger.warning("Requests are refused for now: %s", error)
-        self._outage_noted = now
+        self._outages_noted[str(error)] = now

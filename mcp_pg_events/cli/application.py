@@ -28,9 +28,10 @@ from uvicorn.config import STARTUP_FAILURE
 
 from .. import durable, errors
 from ..store import PostgresStore
+from ..takeover import is_durable
 from .report import explain
 
-__all__ = ["Application", "Plan", "application", "find", "make_durable", "rehearse"]
+__all__ = ["Application", "Plan", "application", "find", "is_durable", "make_durable", "rehearse"]
 
 VARIABLE = "MCP_PG_EVENTS_SERVE"
 
@@ -45,7 +46,8 @@ class Plan:
     """Everything a worker process has to know."""
 
     target: str
-    dsn: str = dataclasses.field(repr=False)
+    dsn: str | None = dataclasses.field(repr=False)
+    """None for an app that is durable already, and has a store."""
     listen_dsn: str | None = dataclasses.field(repr=False)
     schema: str
     path: str
@@ -61,7 +63,9 @@ def application() -> Application:
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     plan = Plan(**json.loads(os.environ[VARIABLE]))
     try:
-        app = make_durable(find(plan.target, path=plan.path, host=plan.host), plan)
+        app, _ = find(plan.target, path=plan.path, host=plan.host)
+        if plan.dsn is not None:
+            app = make_durable(app, plan)
         return app if plan.embedded_home is None else _using_embedded(app, plan.embedded_home)
     except errors.Error as error:
         # Any other way to end, and uvicorn starts the worker again, for ever.
@@ -91,18 +95,21 @@ async def rehearse(plan: Plan) -> None:
 
 
 def _store(plan: Plan) -> PostgresStore:
+    assert plan.dsn is not None
     return PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema)
 
 
-def find(target: str, *, path: str, host: str) -> Application:
-    """The ASGI app of what `MODULE:OBJECT` names; `path` and `host` are for those that are not an app yet.
+def find(target: str, *, path: str, host: str) -> tuple[Application, str]:
+    """The ASGI app of what `MODULE:OBJECT` names, and the path to tell people.
+
+    `path` and `host` are for what is not an app yet; an app has its own.
 
     Raises:
         ConfigurationError: it cannot be found, or is nothing that can be served.
     """
     found = load(target)
     if (app := _as_application(found, path, host)) is not None:
-        return app
+        return app, "/" if app is found else path
     what = f"{target!r} is of type {type(found).__name__}"
     if _required_arguments(found) == 0:
         try:
@@ -110,7 +117,7 @@ def find(target: str, *, path: str, host: str) -> Application:
         except Exception as error:
             raise _broken(f"The factory {target!r} failed", error) from error
         if (app := _as_application(made, path, host)) is not None:
-            return app
+            return app, "/" if app is made else path
         what = f"The factory {target!r} returned something of type {type(made).__name__}"
     raise errors.ConfigurationError(
         f"{what}, which is no MCPServer, low-level Server, FastMCP, ASGI app, or function without arguments that "

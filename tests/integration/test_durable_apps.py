@@ -32,7 +32,7 @@ from tests.integration.apps import (
     initialize_status,
     mcpserver,
 )
-from tests.integration.test_log import query
+from tests.support.log import query
 from tests.support.mcp_http import Session, request
 from tests.support.serving import serving
 

@@ -30,7 +30,7 @@ from tests.integration.apps import (
     initialize_status,
     mcpserver,
 )
-from tests.integration.test_log import query
+from tests.support.log import query
 from tests.support.mcp_http import Response, Session, request
 from tests.support.serving import serving
 
@@ -215,6 +215,26 @@ async def test_a_running_call_and_an_attached_get_hold_off_the_idle_timeout(migr
         standalone.close()
         # Once they are left alone they end as well.
         await asyncio.gather(*(ended_by_idling(migrated_once, session) for session in (calling, listening)))
+
+
+async def test_a_session_that_ended_elsewhere_is_let_go(migrated_once: str) -> None:
+    """Or its memory would be held for as long as an idle session's, though it counts for no limit any more."""
+    stores = [PostgresStore(migrated_once) for _ in range(2)]
+    async with contextlib.AsyncExitStack() as stack:
+        urls = [
+            await stack.enter_async_context(serving(durable(mcpserver().streamable_http_app(), store)))
+            for store in stores
+        ]
+        held: list[Any] = [parts(store).apps[0].session_ended.__self__ for store in stores]  # type: ignore[attr-defined]
+        sessions = [await Session.initialize(urls[0]) for _ in range(3)]
+        for session in sessions:
+            await session.call_result("echo", {"text": "x"}, base_url=urls[1])
+        assert [len(each) for each in held] == [3, 3]
+        for session in sessions:
+            assert (await session.delete()).status == 200
+        async with asyncio.timeout(5):
+            while any(len(each) for each in held):  # noqa: ASYNC110 (the other worker is told in its own time)
+                await asyncio.sleep(0.01)
 
 
 # --- answers in JSON --------------------------------------------------------------------------------------------------

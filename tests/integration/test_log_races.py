@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import json
 import random
+from typing import Any
 
 import pytest
 
 from mcp_pg_events import PostgresStore
 from mcp_pg_events.backend import SessionKey, SessionUnknown, Stream
-from mcp_pg_events.errors import DatabaseUnavailable, Error
+from mcp_pg_events.errors import AppendRefused, DatabaseUnavailable, Error
+from mcp_pg_events.finish import Suspect
 from tests.support.log import (
     NOTE,
     RESULT,
+    assert_no_deadlocks,
     assert_streams_are_whole,
     open_call,
     open_session,
@@ -75,6 +78,7 @@ async def test_a_session_that_ends_elsewhere_races_with_appends(migrated: str) -
         await others
     assert_streams_are_whole(migrated)
     assert_acknowledged_is_stored(migrated, acknowledged)
+    assert_no_deadlocks(migrated)
     assert query(migrated, "SELECT count(*) FROM streams WHERE final_seq IS NULL AND request_key IS NOT NULL") == [(0,)]
 
 
@@ -106,8 +110,8 @@ async def test_a_worker_that_is_declared_dead_races_with_its_appends(migrated: s
             reaped: list[bool] = []
             # A stamp that comes between a reaper's start and its lock makes the victim look alive to that reaper.
             while not any(reaped):
-                reap = parts(watcher).finisher.reap
-                reaped = await asyncio.gather(*(reap(number, "worker_lost", grace=0, unresponsive=0) for _ in range(2)))
+                reap = parts(watcher).finisher.end_worker
+                reaped = await asyncio.gather(*(reap(number, "worker_lost") for _ in range(2)))
             assert sorted(reaped) == [False, True], "two reapers at once"
             await asyncio.wait_for(asyncio.gather(*work), 10)
             await renewed(victim, number)
@@ -116,6 +120,7 @@ async def test_a_worker_that_is_declared_dead_races_with_its_appends(migrated: s
             await asyncio.gather(*(race(victim, seed + place) for place, victim in enumerate(victims)))
     assert_streams_are_whole(migrated)
     assert_acknowledged_is_stored(migrated, acknowledged)
+    assert_no_deadlocks(migrated)
     assert query(migrated, "SELECT count(*) FROM streams WHERE final_seq IS NULL AND request_key IS NOT NULL") == [(0,)]
 
 
@@ -172,6 +177,7 @@ async def test_a_session_that_ends_races_with_requests_that_arrive(migrated: str
     assert_nothing_is_left_open(migrated)
     assert_streams_are_whole(migrated)
     assert_acknowledged_is_stored(migrated, acknowledged)
+    assert_no_deadlocks(migrated)
 
 
 async def test_a_worker_that_is_declared_dead_races_with_requests_that_arrive(migrated: str) -> None:
@@ -190,7 +196,7 @@ async def test_a_worker_that_is_declared_dead_races_with_requests_that_arrive(mi
 
             requests = [asyncio.create_task(request(10 * seed + n, rng.uniform(0, 0.005))) for n in range(1, 5)]
             await asyncio.sleep(rng.uniform(0, 0.005))
-            while not await parts(watcher).finisher.reap(old, "worker_lost", grace=0, unresponsive=0):
+            while not await parts(watcher).finisher.end_worker(old, "worker_lost"):
                 pass
             await renewed(victim, old)
             # Requests that came after its renewal belong to its new number, and end with it.
@@ -204,6 +210,40 @@ async def test_a_worker_that_is_declared_dead_races_with_requests_that_arrive(mi
     assert_nothing_is_left_open(migrated)
     assert_streams_are_whole(migrated)
     assert_acknowledged_is_stored(migrated, acknowledged)
+    assert_no_deadlocks(migrated)
+
+
+async def test_a_stream_that_was_ended_before_its_worker_heard_of_it_takes_nothing(migrated: str) -> None:
+    """Opened, ended by a DELETE elsewhere, and only then known here, where the fence has been renewed meanwhile."""
+    async with running(migrated, 2) as (here, there):
+        key, _ = await open_session(here)
+        other_key, _ = await open_session(here)
+        other = await open_call(here, other_key)
+        opened, go_on = asyncio.Event(), asyncio.Event()
+        fetch = parts(here).database.fetch
+
+        async def slow_fetch(statement: bytes, *args: Any, **arguments: Any) -> Any:
+            rows = await fetch(statement, *args, **arguments)
+            if b":open_stream " in statement:
+                opened.set()
+                await go_on.wait()
+            return rows
+
+        parts(here).database.fetch = slow_fetch  # type: ignore[method-assign, assignment]
+        opening = asyncio.create_task(open_call(here, key))
+        await opened.wait()
+        await there.log.end_session(key, "deleted")
+        await here.log.append(other, NOTE)
+        go_on.set()
+        stream = await opening
+        ended = asyncio.Event()
+        stream.on_ended = ended.set
+        with pytest.raises(AppendRefused):
+            await here.log.append(stream, NOTE)
+        assert ended.is_set()
+        assert len(stored(migrated, stream.number)) == 1
+        await here.log.append(other, NOTE)
+    assert_streams_are_whole(migrated)
 
 
 async def test_a_store_that_closes_leaves_no_call_without_an_end(migrated: str) -> None:
@@ -223,7 +263,7 @@ async def test_reaping_twice_changes_nothing(migrated: str) -> None:
         stream = await open_call(victim, key)
         await victim.log.append(stream, NOTE)
         number = victim.worker_number()
-        assert await parts(watcher).finisher.reap(number, "worker_lost", grace=0, unresponsive=0)
+        assert await parts(watcher).finisher.end_worker(number, "worker_lost")
         before = stored(migrated, stream.number)
         assert json.loads(before[-1][1]) == {
             "jsonrpc": "2.0",
@@ -234,12 +274,14 @@ async def test_reaping_twice_changes_nothing(migrated: str) -> None:
                 "data": {"reason": "worker_lost"},
             },
         }
-        assert not await parts(watcher).finisher.reap(number, "worker_lost", grace=0, unresponsive=0)
+        assert not await parts(watcher).finisher.end_worker(number, "worker_lost")
         assert stored(migrated, stream.number) == before
         await renewed(victim, number)
 
 
 async def test_a_worker_that_lives_is_not_reaped(migrated: str) -> None:
     async with running(migrated, 2) as (watcher, other):
-        assert await parts(watcher).finisher.suspects(0, 60) == []
-        assert not await parts(watcher).finisher.reap(other.worker_number(), "worker_lost", grace=0, unresponsive=60)
+        finisher, number = parts(watcher).finisher, other.worker_number()
+        assert await finisher.suspects(60) == []
+        ((seen_at,),) = query(migrated, "SELECT seen_at FROM workers WHERE number = %s", number)
+        assert not await finisher.reap(Suspect(number, seen_at, False), 60)

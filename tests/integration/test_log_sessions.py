@@ -12,7 +12,7 @@ from mcp.server.lowlevel import Server
 from psycopg.conninfo import make_conninfo
 
 from mcp_pg_events import PostgresStore, durable, migrate
-from mcp_pg_events.backend import SessionKey, SessionUnknown
+from mcp_pg_events.backend import CursorRejected, SessionKey, SessionUnknown
 from tests.support.asgi import ask, initialize
 from tests.support.log import (
     NOTE,
@@ -131,3 +131,43 @@ async def test_a_worker_that_starts_makes_the_partitions_of_the_near_future(migr
     async with running(any_role, 1):
         (count,) = query(migrated, "SELECT count(*) FROM pg_inherits WHERE inhparent = 'events'::regclass")
     assert count == (3,)
+
+
+async def test_numbers_go_on_after_what_left_with_its_partition(migrated: str) -> None:
+    """`floor` takes the highest number of an open stream before its partition goes."""
+    async with running(migrated, 2) as (store, other):
+        key, opened = await open_session(store)
+        call = await open_call(store, key)
+        named, _ = await store.log.named_stream(key.session_id, '"n"', "nn", adopt=False)
+        for stream in (call, standalone(key, opened), named):
+            for _ in range(3):
+                await store.log.append(stream, NOTE)
+        query(migrated, "UPDATE streams SET floor = 3 WHERE final_seq IS NULL")
+        drop_partitions(migrated)
+        assert await store.log.append(standalone(key, opened), NOTE) == 4
+        await other.log.end_session(key, "deleted")
+        for number in (call.number, named.number):
+            ((seq, payload),) = stored(migrated, number)
+            assert (seq, json.loads(payload)["error"]["data"]) == (4, {"reason": "session_ended"})
+
+
+async def test_a_reader_learns_that_what_comes_next_is_gone(migrated: str) -> None:
+    """It had attached before: a gap in silence would be the alternative (invariant 11)."""
+    async with running(migrated, 1) as (store,):
+        key, _ = await open_session(store)
+        stream = await open_call(store, key)
+        for _ in range(3):
+            await store.log.append(stream, NOTE)
+        held = await store.log.attach(key, stream.number, 1, patience=1)
+        query(migrated, "UPDATE streams SET floor = 3 WHERE number = %s", stream.number)
+        drop_partitions(migrated)
+        query(migrated, "SELECT ensure_partitions()")
+        for _ in range(2):
+            page = await store.log.read(stream.number, 1, held.bound)
+            assert page.expired
+            await store.log.append(stream, NOTE)
+        page = await store.log.read(stream.number, 3, held.bound)
+        assert (page.expired, [event.seq for event in page.events]) == (False, [4, 5])
+        with pytest.raises(CursorRejected) as rejected:
+            await store.log.attach(key, stream.number, 1, patience=1)
+        assert rejected.value.reason == "expired"

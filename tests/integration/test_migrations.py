@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -24,10 +23,11 @@ from mcp_pg_events.errors import ConfigurationError, DatabaseUnavailable, Error,
 from mcp_pg_events.partitions import INTERVALS, Interval, Partition, Policy, ceiling, floor, parse_name, plan
 from mcp_pg_events.schema import NEEDS, REVISION
 from mcp_pg_events.tables import METADATA
+from tests.support.command import alembic_in_checkout, mcp_pg_events, without_settings
 
 ROOT = Path(__file__).parents[2]
 
-ODD_NAMES = ['we"ird', "it's", "a:b :c %s %% {x}", "$mcp_pg_events$", "back\\slash \\:x", "schéma", "select", "x" * 63]
+ODD_NAMES = ['it\'s "we"ird": :c %s %% {x} back\\slash \\:x', "$mcp_pg_events$ schéma", "select", "x" * 63]
 
 
 def query(dsn: str, statement: LiteralString, schema: str = "mcp_events", **parameters: object) -> list[Any]:
@@ -69,10 +69,9 @@ def partitions(database: str | psycopg.Connection[Any], schema: str = "mcp_event
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a Python module as a user would, with nothing of this process's settings."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MCP_PG_EVENTS_")}
     return subprocess.run(
         [sys.executable, "-m", *arguments],
-        env=clean | environment,
+        env=without_settings(**environment),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -219,16 +218,40 @@ def test_a_downgrade_leaves_what_it_did_not_make(database: str) -> None:
 
 
 def test_alembic_s_own_command_does_the_same(database: str) -> None:
-    for arguments in (["upgrade", "head"], ["check"], ["upgrade", "head"], ["downgrade", "base"]):
-        done = run("alembic", *arguments, MCP_PG_EVENTS_DSN=database, MCP_PG_EVENTS_SCHEMA="from_env")
-        assert done.returncode == 0, done.stderr
-    done = run(
-        "alembic", "-x", f"dsn={database}", "-x", "schema=a b", "-x", "partition_interval=week", "upgrade", "head"
-    )
+    settings = {"MCP_PG_EVENTS_DSN": database, "MCP_PG_EVENTS_SCHEMA": "from_env"}
+    done = run("alembic", "upgrade", "head", **settings)
     assert done.returncode == 0, done.stderr
+    assert migrate.current(database, schema="from_env") == REVISION
+    for arguments in (["check"], ["upgrade", "head"], ["downgrade", "base"]):
+        ran = alembic_in_checkout(*arguments, **settings)
+        assert ran.code == 0, ran
+    assert migrate.current(database, schema="from_env") is None
+
+    options = ("-x", f"dsn={database}", "-x", "schema=a b", "-x", "partition_interval=week")
+    assert alembic_in_checkout(*options, "upgrade", "head").code == 0
     assert query(database, "SELECT partition_interval FROM settings", "a b") == ["week"]
-    assert run("alembic", "upgrade", "head").stdout.strip().endswith("postgresql://localhost/app.")
-    assert "Unknown -x argument: shema" in run("alembic", "-x", "shema=x", "upgrade", "head").stdout
+    assert alembic_in_checkout(*options, "check").code == 0
+    script = alembic_in_checkout("-x", "schema=a b", "upgrade", "head", "--sql").out
+    assert 'CREATE SCHEMA "a b"' in script
+    assert script == migrate.render(schema="a b")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "postgresql://localhost/app."),
+        (["-x", "shema=x"], "Unknown -x argument: shema; there are dsn, schema and partition_interval."),
+        (["-x", "dsn=postgresql://u:hunter2@127.0.0.1:1/x"], "Connection refused"),
+        (["-x", "dsn=hunter2 = = 'x"], "nor libpq's key=value form."),
+    ],
+)
+def test_alembic_s_own_command_says_in_one_line_what_is_wrong(options: list[str], says: str) -> None:
+    ran = alembic_in_checkout(*options, "upgrade", "head")
+    assert ran.code != 0
+    assert ran.out.startswith("FAILED: ")
+    assert ran.out.rstrip().endswith(says)
+    assert len(ran.out.splitlines()) == 1
+    assert "hunter2" not in ran.out + ran.err
 
 
 def test_a_conninfo_string_is_as_good_as_a_uri(database: str) -> None:
@@ -370,6 +393,16 @@ def test_a_worker_s_temporary_tables_do_not_reach_the_function_that_runs_as_the_
         assert owners == (0,)
 
 
+def test_a_role_that_does_not_exist_is_named_with_what_to_do(database: str) -> None:
+    ran = mcp_pg_events("migrate", "--worker-role", "nobody here", MCP_PG_EVENTS_DSN=database)
+    assert ran.code == 1
+    assert ran.err == (
+        "mcp-pg-events: Schema mcp_events is migrated, but there is no role 'nobody here' to grant anything to: "
+        "CREATE ROLE it, and run this again.\n"
+    )
+    assert migrate.current(database) == REVISION
+
+
 def test_a_role_without_the_grant_cannot_make_partitions(migrated: str, worker: str) -> None:
     role = sql.Identifier(str(conninfo_to_dict(worker)["user"]))
     with psycopg.connect(migrated, autocommit=True) as admin:
@@ -413,10 +446,10 @@ def test_a_role_without_rights_is_told_about_the_script(database: str) -> None:
 
 def test_a_wrong_address_is_one_sentence_without_the_password() -> None:
     for dsn in ("postgresql://u:hunter2@127.0.0.1:1/x", "host=127.0.0.1 port=1 password=hunter2", "hunter2 = = 'x"):
-        done = run("mcp_pg_events", "migrate", "--dsn", dsn)
-        assert done.returncode == 1
-        assert len(done.stderr.strip().splitlines()) == 1
-        assert done.stderr.startswith("mcp-pg-events: ")
-        assert "hunter2" not in done.stderr + done.stdout
+        ran = mcp_pg_events("migrate", "--dsn", dsn)
+        assert ran.code == 1
+        assert len(ran.err.strip().splitlines()) == 1
+        assert ran.err.startswith("mcp-pg-events: ")
+        assert "hunter2" not in ran.err + ran.out
     with pytest.raises(DatabaseUnavailable, match="Connection refused"):
         migrate.upgrade("host=127.0.0.1 port=1")

@@ -10,7 +10,7 @@ from mcp_types import CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY, PROTOC
 
 from mcp_pg_events import durable
 from tests.integration.apps import ACCEPT, FRAMEWORKS, http_app
-from tests.integration.test_log import query
+from tests.support.log import query
 from tests.support.mcp_http import request
 from tests.support.serving import serving
 

@@ -239,7 +239,7 @@ async def test_two_schemas_in_one_database_do_not_meet(migrated: str) -> None:
         assert stored(migrated, stream.number) == [(1, NOTE)]
         # Locks and channels belong to the whole database: neither judges the other's workers, nor hears of its streams.
         for store in (here, there):
-            assert await parts(store).finisher.suspects(0, 0) == []
+            assert await parts(store).finisher.suspects(0) == []
         assert parts(here).waker._prefix != parts(there).waker._prefix
         locks = "SELECT count(DISTINCT (classid, objid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
         database = " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"

@@ -88,7 +88,7 @@ async def test_a_backend_that_is_ended_again_and_again_in_mid_flush_costs_nothin
             """
             ended = 0
             with psycopg.connect(migrated_once, autocommit=True) as connection:
-                while ended < 12:
+                while ended < 12 and not done.is_set():
                     ended += connection.execute(statement).rowcount
 
         workers = [asyncio.create_task(work(stream, caller)) for stream in streams for caller in range(3)]

@@ -35,6 +35,7 @@ defaults
     option http-no-delay
     option redispatch 1
     retries 3
+    option http-buffer-request
     retry-on conn-failure empty-response
     timeout connect 5s
     timeout client 5m

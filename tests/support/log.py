@@ -95,6 +95,13 @@ def assert_streams_are_whole(dsn: str) -> None:
             assert finals == ([final_seq] if final_seq else None), f"stream {number}: finals {finals}, not {final_seq}"
 
 
+def assert_no_deadlocks(dsn: str) -> None:
+    """PostgreSQL broke none in this database: each costs a second, and one of the two its transaction."""
+    if int(query(dsn, "SHOW server_version_num")[0][0]) >= 150000:
+        query(dsn, "SELECT pg_stat_force_next_flush()")
+    assert query(dsn, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
 def partitions(dsn: str) -> list[str]:
     """The names of the partitions of `events`, oldest first."""
     rows = query(

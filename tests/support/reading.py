@@ -30,6 +30,8 @@ class MemoryLog:
         self.page_size = 500
         self.ended = False
         self.failing = False
+        self.during_read: Callable[[], None] = lambda: None
+        """Called when a read has seen what there is, and has not returned yet."""
         self._failed = asyncio.Event()
 
     async def failed(self) -> None:
@@ -52,13 +54,10 @@ class MemoryLog:
         self.reads.append(after)
         page = [event for event in self.events if event.seq > max(after, self.floor)][: self.page_size]
         last = page[-1].seq if page else after
-        return Page(
-            page,
-            self.ended and last == len(self.events),
-            self.generation,
-            self.floor > after,
-            len(page) == self.page_size,
-        )
+        ended = self.ended and last == len(self.events)
+        found = Page(page, ended, self.generation, self.floor > after, len(page) == self.page_size)
+        self.during_read()
+        return found
 
     def bound_after(self, event: Event) -> datetime:
         return event.created_at

@@ -248,10 +248,13 @@ class Server:
             await connection.close()
 
     async def end_connections(self, condition: str = "true") -> int:
-        """End the workers' connections that fit a condition on `pg_stat_activity`; how many."""
-        ended = await self.execute(
-            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = '{ROLE}' AND {condition}"
-        )
+        """End, all at once, the workers' connections that fit a condition on `pg_stat_activity`; how many."""
+        fitting = f"FROM pg_stat_activity WHERE usename = '{ROLE}' AND {condition}"
+        ended = await self.execute(f"SELECT pid, pg_terminate_backend(pid) {fitting}")
+        pids = [pid for pid, _ in ended]
+        async with asyncio.timeout(10):
+            while await self.execute("SELECT 1 FROM pg_stat_activity WHERE pid = ANY(%s)", pids):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # only asking tells
         return len(ended)
 
     @property
@@ -281,13 +284,19 @@ class Server:
             assert copied.returncode == 0, complaint.decode()
             async with Server(self._cluster, home, {})._running() as server:
                 async with asyncio.timeout(START_TIMEOUT):
-                    while not await self._streams_to(name):
+                    while not await self._streams_to(name):  # noqa: ASYNC110 (another process)
                         await asyncio.sleep(0.02)
                 yield server
 
     async def _streams_to(self, name: str) -> bool:
         query = "SELECT 1 FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
         return bool(await self.execute(query, name))
+
+
+def failover_dsn(*servers: Server) -> str:
+    """The workers' role on whichever of the servers is the primary."""
+    hosts = ",".join(f"{server.host}:{server.port}" for server in servers)
+    return f"postgresql://{ROLE}:{PASSWORD}@{hosts}/{DATABASE}?target_session_attrs=read-write"
 
 
 @contextlib.contextmanager

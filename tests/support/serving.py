@@ -1,6 +1,6 @@
 """An ASGI app behind a real uvicorn in this process, for tests of how an app is put together.
 
-    async with serving(app) as url: ...
+async with serving(app) as url: ...
 """
 
 from __future__ import annotations

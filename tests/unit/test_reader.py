@@ -51,6 +51,30 @@ async def test_what_was_published_during_the_read_is_not_sent_twice() -> None:
     assert r.client.seqs == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("what", ["wake", "publish", "overflow"])
+async def test_what_comes_during_a_read_is_a_reason_to_read_again(what: str) -> None:
+    log = MemoryLog()
+    log.grow(1)
+    async with reading(log) as r:
+
+        def during_read() -> None:
+            log.during_read = lambda: None
+            if what == "publish":
+                r.live(1)
+            elif what == "wake":
+                log.grow(1)
+                r.hub.wake(STREAM)
+            else:
+                r.live(2, size=BUFFER_BYTES)
+
+        log.during_read = during_read
+        r.subscription.fall_behind()
+        await r.client.until(2)
+        r.live(1, final=True)
+        await r.end()
+    assert r.client.seqs == list(range(1, len(log.events) + 1))
+
+
 async def test_several_pages_follow_each_other_without_a_wake_up() -> None:
     log = MemoryLog()
     log.page_size = 10
