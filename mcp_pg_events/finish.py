@@ -26,6 +26,7 @@ __all__ = ["Finisher", "Suspect", "final_error"]
 
 logger = logging.getLogger(__name__)
 
+IDLE_AT_ONCE: Final = 100
 PATIENCE: Final = 5.0
 """What the end of a session or of a worker may take, in seconds: it waits for the appends under way."""
 
@@ -82,18 +83,21 @@ class Finisher:
     async def expire_idle(self, server: str, idle_timeout: float) -> int:
         """End what has been idle for `idle_timeout` seconds by the database's clock; how many sessions."""
         ended = 0
-        for (session_id,) in await self._database.fetch(
-            self._queries.idle_sessions, {"server": server, "idle": idle_timeout}
-        ):
-            ended += await self._end(
-                self._queries.lock_idle_session, {"session": session_id, "idle": idle_timeout, "reason": "idle"}
+        while True:
+            idle = await self._database.fetch(
+                self._queries.idle_sessions, {"server": server, "idle": idle_timeout, "limit": IDLE_AT_ONCE}
             )
-        return ended
+            for (session_id,) in idle:
+                ended += await self._end(
+                    self._queries.lock_idle_session, {"session": session_id, "idle": idle_timeout, "reason": "idle"}
+                )
+            if len(idle) < IDLE_AT_ONCE:
+                return ended
 
     async def _end(self, lock: bytes, parameters: dict[str, Any]) -> bool:
         session_id = parameters["session"]
 
-        async def end(connection: Connection) -> tuple[list[TupleRow], set[int]] | None:
+        async def end(connection: Connection) -> set[int] | None:
             cursor = await connection.execute(lock, parameters)
             if await cursor.fetchone() is None:
                 return None
@@ -102,20 +106,18 @@ class Finisher:
             streams = await cursor.fetchall()
             finished = await self._finish(connection, streams, "session_ended")
             cursor = await connection.execute(self._queries.close_standalone, {"session": session_id})
-            return streams, finished | {number for (number,) in await cursor.fetchall()}
+            return finished | {number for (number,) in await cursor.fetchall()}
 
-        ended = await self._database.transaction(end, patience=PATIENCE)
-        if ended is None:
+        finished = await self._database.transaction(end, patience=PATIENCE)
+        if finished is None:
             return False
-        streams, finished = ended
         self._on_session_ended(session_id)
         self._announce(finished)
-        elsewhere = {worker for row in streams for worker in row[1:3] if worker is not None} - {self._identity.number}
-        if elsewhere:
-            await self._database.fetch(
-                self._queries.notify,
-                {"workers": Int8Array(sorted(elsewhere)), "prefix": self._prefix, "payload": f"e{session_id}"},
-            )
+        # All workers: also those that have no more of it than an object in memory.
+        await self._database.fetch(
+            self._queries.tell_others,
+            {"me": self._identity.number, "prefix": self._prefix, "payload": f"e{session_id}"},
+        )
         return True
 
     async def reap(self, suspect: Suspect, unresponsive: float) -> bool:

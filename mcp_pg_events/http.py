@@ -54,6 +54,8 @@ __all__ = ["EndpointOptions", "HTTPEndpoint"]
 logger = logging.getLogger(__name__)
 
 SESSION_ID: Final = "mcp-session-id"
+INITIALIZE_BYTES: Final = 64 * 1024
+"""What a session may take for what its client says of itself: it is kept as long as the session."""
 HOLD: Final = 2.0
 """How often a GET that is held looks whether it still should be, in seconds."""
 _SESSION_ID_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,512}")
@@ -133,6 +135,8 @@ class HTTPEndpoint:
             raise _Answer(_error(415, "Unsupported Media Type: Content-Type must be application/json"))
         body = await request.body()
         message = _parse(body)
+        if isinstance(message, JSONRPCRequest) and message.method == "initialize" and len(body) > INITIALIZE_BYTES:
+            raise _Answer(_error(413, "Request body too large", INVALID_REQUEST))
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
             await self._open_session(message, request, receive, send)
             return

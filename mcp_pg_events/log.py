@@ -7,13 +7,14 @@ Reads that touch events are never prepared: a generic plan locks and probes ever
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from psycopg.rows import TupleRow
 
 from .appends import MARGIN, Identity
-from .arrays import Int8Array
+from .arrays import Int8Array, TextArray
 from .backend import (
     Attachment,
     Call,
@@ -37,6 +38,12 @@ from .queries import Queries
 from .writer import Writer
 
 __all__ = ["Log"]
+
+logger = logging.getLogger(__name__)
+
+SUBSCRIPTIONS: Final = 1000
+URI_LENGTH: Final = 4096
+"""How many subscriptions, and of what length, a session has remembered for it; each restoring replays them all."""
 
 _BIGINT: Final = 2**63
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -134,8 +141,18 @@ class Log:
 
     async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> None:
         # As JSON, since PostgreSQL's text takes no U+0000.
-        statement = self._queries.subscribe if subscribed else self._queries.unsubscribe
-        await self._database.fetch(statement, {"session": session_id, "uri": json.dumps(uri)})
+        parameters = {"session": session_id, "uri": json.dumps(uri), "limit": SUBSCRIPTIONS}
+        if not subscribed:
+            await self._database.fetch(self._queries.unsubscribe, parameters)
+        elif len(uri) > URI_LENGTH or not await self._database.fetch(self._queries.subscribe, parameters):
+            logger.warning("Session %s: a subscription is not remembered, so it will not follow to others", session_id)
+
+    async def gone_sessions(self, sessions: set[str]) -> list[str]:
+        """Those of `sessions` that have ended."""
+        rows = await self._database.fetch(
+            self._queries.gone_sessions, {"sessions": TextArray(session.encode() for session in sessions)}
+        )
+        return [session_id for (session_id,) in rows]
 
     async def end_session(self, key: SessionKey, reason: str) -> None:
         """End a session everywhere: 404 from now on, finals for its calls, its owners and readers told.

@@ -153,7 +153,8 @@ _statement(
     "subscribe",
     """
     UPDATE {s}.sessions SET subscriptions = array_append(array_remove(subscriptions, %(uri)s::text), %(uri)s::text)
-     WHERE id = %(session)s AND ended_at IS NULL
+     WHERE id = %(session)s AND ended_at IS NULL AND cardinality(subscriptions) < %(limit)s
+    RETURNING true
     """,
 )
 _statement(
@@ -169,11 +170,19 @@ _statement(
     "UPDATE {s}.sessions SET seen_at = now() WHERE id = ANY(%(sessions)b::text[]) AND ended_at IS NULL",
 )
 _statement(
+    "gone_sessions",
+    # Of sessions that a worker has in memory, those that have ended.
+    """
+    SELECT id FROM unnest(%(sessions)b::text[]) known(id)
+     WHERE NOT EXISTS (SELECT FROM {s}.sessions s WHERE s.id = known.id AND s.ended_at IS NULL)
+    """,
+)
+_statement(
     "idle_sessions",
     """
     SELECT id FROM {s}.sessions
      WHERE server = %(server)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
-     ORDER BY seen_at LIMIT 100
+     ORDER BY seen_at LIMIT %(limit)s
     """,
 )
 
@@ -501,7 +510,11 @@ _statement(
     SELECT session_id, payload FROM taken ORDER BY id
     """,
 )
-_statement("notify", "SELECT pg_notify(%(prefix)s::text || w, %(payload)s) FROM unnest(%(workers)b::bigint[]) w")
+_statement(
+    "tell_others",
+    "SELECT pg_notify(%(prefix)s::text || number, %(payload)s) FROM {s}.workers "
+    "WHERE ended_at IS NULL AND number <> %(me)s",
+)
 
 # --- life and death of workers ----------------------------------------------------------------------------------------
 

@@ -204,11 +204,16 @@ class Sessions:
         interval = min(30.0, timeout / 8) if timeout else 30.0
         clock: Callable[[], float] = asyncio.get_running_loop().time
         while True:
+            # Not those that come to be meanwhile: their row may not be there yet.
+            known = self.ids()
             await anyio.sleep(interval)
             try:
                 await self._store.touch_sessions()
                 if timeout is not None:
                     await self._store.expire_idle(self._name, timeout)
+                # Told at once, as a rule; a worker that was deaf then finds out here.
+                for session_id in await self._store.log.gone_sessions(known & self.ids()):
+                    self.session_ended(session_id)
             except Error as error:
                 logger.debug("Sessions were not looked after: %s", error)
             stale = clock() - (timeout or LINGER)

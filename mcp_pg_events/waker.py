@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -72,15 +73,18 @@ class Waker:
         while True:
             await self._work.wait()
             self._work.clear()
-            batch = sorted(self._streams)[:KEYS_AT_ONCE]
+            # Out of the set before it is announced: what is stored meanwhile in the same streams comes with the next
+            # one, since this one's look at who reads may have been too early for it.
+            batch = list(itertools.islice(self._streams, KEYS_AT_ONCE))
+            self._streams.difference_update(batch)
             try:
                 await self._announce(batch)
-                self._streams.difference_update(batch)
                 pause = 0.0
             except (psycopg.Error, Error, OSError) as error:
-                if not is_outage(error):
+                if is_outage(error):
+                    self._streams.update(batch)
+                else:
                     logger.error("Other workers cannot be woken, their readers poll instead: %s", translate(error))
-                    self._streams.difference_update(batch)
                 await self._drop_connection()
                 pause = min(1.0, pause * 2 or 0.05)
                 await asyncio.sleep(pause)
