@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Protocol
 
 __all__ = [
+    "App",
     "Attachment",
     "Call",
     "CursorRejected",
@@ -65,6 +66,7 @@ class Stream:
     number: int
     session_id: str
     created_at: datetime | None = None
+    request_key: str | None = None
     shared: bool = False
     next_seq: int = 1
     stored: int = 0
@@ -109,6 +111,18 @@ class SessionRecord:
     log_level: str | None
     subscriptions: Sequence[str]
     standalone: int
+    told: int
+    """How often its client has changed any of this."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class App:
+    """What an app's sessions do with what other workers send."""
+
+    receive: Callable[[str, str], bool]
+    session_ended: Callable[[str], None]
+    session_changed: Callable[[str], None]
+    end_all: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +139,7 @@ class Call:
 
     stream: Stream
     protocol_version: str
+    told: int
     record: SessionRecord | None
 
 
@@ -158,7 +173,7 @@ class EventLog(Protocol):
         """Record a session. Raises `SessionLimit` when the server has `limit` live ones."""
         ...
 
-    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> None: ...
+    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> int: ...
 
     async def find_session(self, key: SessionKey) -> SessionRecord:
         """Raises `SessionUnknown`."""
@@ -198,9 +213,11 @@ class EventLog(Protocol):
         """End the response that reads a stream, on whichever worker it is (SEP-1699)."""
         ...
 
-    async def record_log_level(self, session_id: str, level: str) -> None: ...
+    async def record_log_level(self, session_id: str, level: str) -> int:
+        """Remember it, and tell the other workers; how often the session was changed by now. 0: it was not."""
+        ...
 
-    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> None: ...
+    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> int: ...
 
     async def call_owner(self, session_id: str, request_key: str) -> int | None:
         """The worker that runs a request of the session, None when none does."""

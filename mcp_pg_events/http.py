@@ -175,6 +175,8 @@ class HTTPEndpoint:
             if session is None:
                 record = call.record or await self._log.find_session(key)
                 session = await self._sessions.restored(key.session_id, record, request)
+            elif session.behind(call.told):
+                await session.catch_up(await self._log.find_session(key), request)
             session.start(message, call.stream, request)
         except BaseException:
             self._hub.unsubscribe(subscription)

@@ -71,6 +71,7 @@ class Log:
         self._hub = hub
         self._prefix = channel_prefix
         self._identity = identity
+        self._opening: set[tuple[str, str | None, str]] = set()
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -114,13 +115,27 @@ class Log:
         if row is None:
             raise self._gone(parameters["me"])
         standalone, number, created_at, epoch = row
-        return OpenedSession(standalone, self._own(parameters["me"], epoch, number, key.session_id, created_at))
+        return OpenedSession(
+            standalone, self._own(parameters["me"], epoch, number, key.session_id, created_at, request_key)
+        )
 
-    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> None:
-        await self._database.fetch(
+    async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> int:
+        return await self._change(
             self._queries.renew_session,
             {"session": session_id, "initialize": initialize, "protocol_version": protocol_version},
         )
+
+    async def _change(self, statement: bytes, parameters: dict[str, Any]) -> int:
+        """Remember what a client told its session, and tell the other workers; 0 where there is nothing to change."""
+        rows = await self._database.fetch(statement, parameters)
+        if not rows:
+            return 0
+        await self._database.fetch(
+            self._queries.tell_others,
+            {"me": self._identity.number, "prefix": self._prefix, "payload": f"u{parameters['session']}"},
+        )
+        told: int = rows[0][0]
+        return told
 
     async def find_session(self, key: SessionKey) -> SessionRecord:
         """What another worker needs to serve the session.
@@ -136,16 +151,23 @@ class Log:
             raise SessionUnknown
         return record
 
-    async def record_log_level(self, session_id: str, level: str) -> None:
-        await self._database.fetch(self._queries.set_log_level, {"session": session_id, "level": level})
+    async def session_record(self, session_id: str) -> SessionRecord | None:
+        """What a session is now, for a worker that knows it already; None when it has ended."""
+        rows = await self._database.fetch(self._queries.session_record, {"session": session_id})
+        return _record(rows[0]) if rows else None
 
-    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> None:
+    async def record_log_level(self, session_id: str, level: str) -> int:
+        return await self._change(self._queries.set_log_level, {"session": session_id, "level": level})
+
+    async def record_subscription(self, session_id: str, uri: str, subscribed: bool) -> int:
         # As JSON, since PostgreSQL's text takes no U+0000.
         parameters = {"session": session_id, "uri": json.dumps(uri), "limit": SUBSCRIPTIONS}
         if not subscribed:
-            await self._database.fetch(self._queries.unsubscribe, parameters)
-        elif len(uri) > URI_LENGTH or not await self._database.fetch(self._queries.subscribe, parameters):
+            return await self._change(self._queries.unsubscribe, parameters)
+        told = await self._change(self._queries.subscribe, parameters) if len(uri) <= URI_LENGTH else 0
+        if not told:
             logger.warning("Session %s: a subscription is not remembered, so it will not follow to others", session_id)
+        return told
 
     async def gone_sessions(self, sessions: set[str]) -> list[str]:
         """Those of `sessions` that have ended."""
@@ -174,39 +196,51 @@ class Log:
             SessionUnknown: no such session for this asker.
             RequestInFlight: a request with this id is running in the session, on whichever worker.
         """
+        # With the owner, so that a stranger's request is in nobody's way.
+        opening = (key.session_id, key.owner, request_key)
+        if opening in self._opening:
+            raise RequestInFlight
         me = self._identity.number
-        rows = await self._database.fetch(
-            self._queries.open_stream,
-            _asking(key)
-            | {
-                "request_id": request_id,
-                "request_key": request_key,
-                "method": method.replace("\0", "")[:200],
-                "me": me,
-                "restore": restore,
-            },
-        )
-        if not rows:
-            raise SessionUnknown
-        epoch, number, created_at, busy, busy_worker, busy_created_at, protocol_version, *record = rows[0]
-        if epoch is None:
-            raise self._gone(me)
-        if number is None:
-            if busy is None or busy_worker != me or self._writer.owns(busy):
-                raise RequestInFlight
-            # This worker's, yet it knows nothing of it: the statement ran twice, since its first answer was lost.
-            number, created_at = busy, busy_created_at
-        stream = self._own(me, epoch, number, key.session_id, created_at)
-        restored = _record((record[0], protocol_version, *record[1:])) if restore else None
+        running = self._writer.running(key.session_id, request_key)
+        self._opening.add(opening)
+        try:
+            rows = await self._database.fetch(
+                self._queries.open_stream,
+                _asking(key)
+                | {
+                    "request_id": request_id,
+                    "request_key": request_key,
+                    "method": method.replace("\0", "")[:200],
+                    "me": me,
+                    "restore": restore,
+                },
+            )
+            if not rows:
+                raise SessionUnknown
+            epoch, number, created_at, busy, busy_worker, busy_created_at, protocol_version, told, *record = rows[0]
+            if epoch is None:
+                raise self._gone(me)
+            if number is None:
+                if busy is None or busy_worker != me or busy == running or self._writer.owns(busy):
+                    raise RequestInFlight
+                # This worker's, it runs nothing under the id, and nobody else here opens it: the statement ran twice,
+                # since its first answer was lost.
+                number, created_at = busy, busy_created_at
+            stream = self._own(me, epoch, number, key.session_id, created_at, request_key)
+        finally:
+            self._opening.discard(opening)
+        restored = _record((record[0], protocol_version, *record[1:], told)) if restore else None
         if protocol_version is None or (restore and restored is None):
             raise SessionUnknown
-        return Call(stream, protocol_version, restored)
+        return Call(stream, protocol_version, told, restored)
 
-    def _own(self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime) -> Stream:
+    def _own(
+        self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime, request_key: str
+    ) -> Stream:
         if worker != self._identity.number or self._writer.lost:
             # Declared dead since, so that another worker ends this stream, or has.
             raise DatabaseUnavailable("This worker has just lost its number; send the request again")
-        stream = Stream(number, session_id, created_at)
+        stream = Stream(number, session_id, created_at, request_key)
         self._writer.opened(stream, epoch)
         return stream
 
@@ -338,9 +372,9 @@ def _asking(key: SessionKey) -> dict[str, Any]:
 
 
 def _record(row: TupleRow) -> SessionRecord | None:
-    initialize, protocol_version, log_level, subscriptions, standalone = row
+    initialize, protocol_version, log_level, subscriptions, standalone, told = row
     if initialize is None or protocol_version is None or standalone is None:
         return None
     return SessionRecord(
-        initialize, protocol_version, log_level, [json.loads(uri) for uri in subscriptions], standalone
+        initialize, protocol_version, log_level, [json.loads(uri) for uri in subscriptions], standalone, told
     )

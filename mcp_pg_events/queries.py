@@ -95,8 +95,8 @@ _statement(
     "renew_session",
     # A second `initialize` on a live session.
     """
-    UPDATE {s}.sessions SET initialize = %(initialize)s, protocol_version = %(protocol_version)s
-     WHERE id = %(session)s AND ended_at IS NULL
+    UPDATE {s}.sessions SET initialize = %(initialize)s, protocol_version = %(protocol_version)s, told = told + 1
+     WHERE id = %(session)s AND ended_at IS NULL RETURNING told
     """,
 )
 _LIVE = """
@@ -114,7 +114,16 @@ _statement(
          WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
     )
     SELECT initialize, protocol_version, log_level, subscriptions,
-           (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL) FROM session
+           (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL), told FROM session
+    """,
+)
+_statement(
+    "session_record",
+    # The same for a worker that has the session already, and is told that it changed.
+    """
+    SELECT initialize, protocol_version, log_level, subscriptions,
+           (SELECT number FROM {s}.streams WHERE session_id = s.id AND request_key IS NULL), told
+      FROM {s}.sessions s WHERE id = %(session)s AND ended_at IS NULL
     """,
 )
 _statement(
@@ -137,7 +146,7 @@ _statement(
         RETURNING number, created_at
     )
     SELECT owner.epoch, opened.number, opened.created_at, busy.number, busy.worker, busy.created_at,
-           session.protocol_version,
+           session.protocol_version, session.told,
            CASE WHEN %(restore)s THEN session.initialize END,
            CASE WHEN %(restore)s THEN session.log_level END,
            CASE WHEN %(restore)s THEN session.subscriptions END,
@@ -148,20 +157,24 @@ _statement(
            AND busy.request_key = %(request_key)s AND busy.final_seq IS NULL
     """,
 )
-_statement("set_log_level", "UPDATE {s}.sessions SET log_level = %(level)s WHERE id = %(session)s AND ended_at IS NULL")
+_statement(
+    "set_log_level",
+    "UPDATE {s}.sessions SET log_level = %(level)s, told = told + 1 WHERE id = %(session)s AND ended_at IS NULL "
+    "RETURNING told",
+)
 _statement(
     "subscribe",
     """
-    UPDATE {s}.sessions SET subscriptions = array_append(array_remove(subscriptions, %(uri)s::text), %(uri)s::text)
-     WHERE id = %(session)s AND ended_at IS NULL AND cardinality(subscriptions) < %(limit)s
-    RETURNING true
+    UPDATE {s}.sessions
+       SET subscriptions = array_append(array_remove(subscriptions, %(uri)s::text), %(uri)s::text), told = told + 1
+     WHERE id = %(session)s AND ended_at IS NULL AND cardinality(subscriptions) < %(limit)s RETURNING told
     """,
 )
 _statement(
     "unsubscribe",
     """
-    UPDATE {s}.sessions SET subscriptions = array_remove(subscriptions, %(uri)s::text)
-     WHERE id = %(session)s AND ended_at IS NULL
+    UPDATE {s}.sessions SET subscriptions = array_remove(subscriptions, %(uri)s::text), told = told + 1
+     WHERE id = %(session)s AND ended_at IS NULL RETURNING told
     """,
 )
 _statement(
@@ -281,7 +294,7 @@ _statement(
     ), ended AS (
         UPDATE {s}.streams t SET final_seq = f.seq
           FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
-         WHERE t.number = f.stream
+         WHERE t.number = f.stream AND t.final_seq IS NULL
     )
     SELECT now() FROM fence
     """,

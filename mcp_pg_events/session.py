@@ -105,7 +105,6 @@ class Session:
         self.session_id = session_id
         self.incarnation = next(_incarnations)
         self.standalone: Stream | None = None
-        self.last_used = 0.0
         self._server = server
         self._lifespan_state = lifespan_state
         self._log = log
@@ -116,6 +115,11 @@ class Session:
         self._inlet = _Inlet()
         self._calls: dict[RequestId, _Call] = {}
         self._over = False
+        self._catching_up = anyio.Lock()
+        self._replays = itertools.count()
+        self._told = 0
+        self._told_level: str | None = None
+        self._told_subscriptions: dict[str, None] = {}
         self._scope = anyio.CancelScope()
         self._dispatcher: JSONRPCDispatcher[TransportContext] = JSONRPCDispatcher(
             self._inlet, self, inline_methods=frozenset({"initialize"})
@@ -144,11 +148,6 @@ class Session:
         self._over = True
         self._scope.cancel()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a call runs here."""
-        return bool(self._calls)
-
     def restore(self, record: SessionRecord) -> None:
         """Stand where `initialize` on another worker left the session."""
         self.connection.client_params = InitializeRequestParams.model_validate_json(record.initialize, by_name=False)
@@ -156,21 +155,41 @@ class Session:
         self.connection.initialized.set()
         self.standalone = Stream(record.standalone, self.session_id, shared=True)
 
-    async def replay(self, record: SessionRecord, request: Request) -> None:
-        """Give the handlers what the client had told the session: log level and subscriptions; their answers are
-        dropped."""
-        replayed = [("resources/subscribe", {"uri": uri}) for uri in record.subscriptions]
-        if record.log_level is not None:
-            replayed.insert(0, ("logging/setLevel", {"level": record.log_level}))
+    async def catch_up(self, record: SessionRecord, request: Request | None) -> None:
+        """Let the handlers here know what the client has told the session on other workers: log level, subscriptions
+        and their ends, a second `initialize`. The handlers' answers are dropped."""
+        async with self._catching_up:
+            if record.told < self._told:
+                return
+            self._told = record.told
+            self.connection.client_params = InitializeRequestParams.model_validate_json(
+                record.initialize, by_name=False
+            )
+            self.connection.protocol_version = record.protocol_version
+            await self._replay(record, request)
+
+    async def _replay(self, record: SessionRecord, request: Request | None) -> None:
+        known, wanted = self._told_subscriptions, dict.fromkeys(record.subscriptions)
+        replayed: list[tuple[str, dict[str, Any]]] = []
+        if record.log_level is not None and record.log_level != self._told_level:
+            replayed.append(("logging/setLevel", {"level": record.log_level}))
+        replayed += [("resources/unsubscribe", {"uri": uri}) for uri in known if uri not in wanted]
+        replayed += [("resources/subscribe", {"uri": uri}) for uri in wanted if uri not in known]
+        self._told_level, self._told_subscriptions = record.log_level, wanted
         calls = []
-        for number, (method, params) in enumerate(replayed):
-            message = JSONRPCRequest(jsonrpc="2.0", id=f"mcp_pg_events.replay-{number}", method=method, params=params)
+        for method, params in replayed:
+            request_id = f"mcp_pg_events.replay-{next(self._replays)}"
+            message = JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=params)
             calls.append(_Call(message, None))
             self._calls[message.id] = calls[-1]
             self._feed(message, ServerMessageMetadata(request_context=request, can_send_request=False))
         with anyio.move_on_after(RESTORE_TIMEOUT):
             for call in calls:
                 await call.answered.wait()
+
+    def behind(self, told: int) -> bool:
+        """Whether the client has told other workers something that this object does not know."""
+        return told > self._told
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
@@ -318,17 +337,23 @@ class Session:
     async def _record(self, request: JSONRPCRequest, response: JSONRPCResponse) -> None:
         """What the session has to remember of a request that succeeded, before its client knows that it did."""
         params = request.params or {}
+        told = 0
         try:
             match request.method:
                 case "initialize":
-                    await self._log.renew_session(
-                        self.session_id, json.dumps(params), str(response.result["protocolVersion"])
-                    )
+                    version = str(response.result["protocolVersion"])
+                    told = await self._log.renew_session(self.session_id, json.dumps(params), version)
                 case "logging/setLevel":
-                    await self._log.record_log_level(self.session_id, str(params.get("level")))
-                case "resources/subscribe" | "resources/unsubscribe" as method:
-                    subscribed = method == "resources/subscribe"
-                    await self._log.record_subscription(self.session_id, str(params.get("uri")), subscribed)
+                    self._told_level = str(params.get("level"))
+                    told = await self._log.record_log_level(self.session_id, self._told_level)
+                case "resources/subscribe":
+                    self._told_subscriptions[uri := str(params.get("uri"))] = None
+                    told = await self._log.record_subscription(self.session_id, uri, True)
+                case "resources/unsubscribe":
+                    self._told_subscriptions.pop(uri := str(params.get("uri")), None)
+                    told = await self._log.record_subscription(self.session_id, uri, False)
+            if told == self._told + 1:
+                self._told = told
         except Error as error:
             logger.warning("Session %s could not record %s: %s", self.session_id, request.method, error)
 

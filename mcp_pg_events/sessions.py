@@ -1,16 +1,16 @@
 """The sessions of one app that this worker has met, and their upkeep.
 
-A session comes here by its `initialize`, or by a request that landed here and is then restored from the log. It may
-leave again when nothing of it runs: any worker can restore it. Next: `session.py` runs what `http.py` brought.
+A session comes here by its `initialize`, or by a request that landed here and is then restored from the log. Its object
+stays until the session ends, since the server's own code may hold it and go on sending. Next: `session.py` runs what
+`http.py` brought.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
@@ -25,7 +25,7 @@ from mcp_types import (
 )
 from starlette.requests import Request
 
-from .backend import SessionKey, SessionRecord
+from .backend import App, SessionKey, SessionRecord
 from .errors import Error
 from .session import Session, parse_wire_id, request_key
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Sessions"]
 
 logger = logging.getLogger(__name__)
-
-LINGER: Final = 1800.0
-"""How long a session with nothing to do stays in memory where it has no idle time-out, in seconds."""
 
 
 class Sessions:
@@ -66,7 +63,7 @@ class Sessions:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Where the sessions' loops live. On the way out calls may go on until the store has drained."""
-        unregister = self._store.register(self.receive, self.session_ended, self.end_all)
+        unregister = self._store.register(App(self.receive, self.session_ended, self.session_changed, self.end_all))
         try:
             async with anyio.create_task_group() as group:
                 self._tasks = group
@@ -116,7 +113,7 @@ class Sessions:
             try:
                 session = self.open(session_id)
                 session.restore(record)
-                await session.replay(record, request)
+                await session.catch_up(record, request)
             finally:
                 ready.set()
                 self._ready.pop(session_id, None)
@@ -126,10 +123,7 @@ class Sessions:
         """The session's object once it is restored; None when there is none here."""
         if (restoring := self._ready.get(session_id)) is not None:
             await restoring.wait()
-        session = self._sessions.get(session_id)
-        if session is not None:
-            session.last_used = asyncio.get_running_loop().time()
-        return session
+        return self._sessions.get(session_id)
 
     # --- messages that are not requests -------------------------------------------------------------------------------
 
@@ -188,6 +182,16 @@ class Sessions:
         if (session := self._sessions.pop(session_id, None)) is not None:
             session.end()
 
+    def session_changed(self, session_id: str) -> None:
+        """A client told another worker something that the session's object here should know."""
+        if (session := self._sessions.get(session_id)) is not None:
+            self._store.spawn(self._catch_up(session))
+
+    async def _catch_up(self, session: Session) -> None:
+        record = await self._store.log.session_record(session.session_id)
+        if record is not None:
+            await session.catch_up(record, None)
+
     def end_all(self) -> None:
         """This worker was declared dead, or shuts down."""
         for session in list(self._sessions.values()):
@@ -199,10 +203,9 @@ class Sessions:
             del self._sessions[session.session_id]
 
     async def _keep_up(self) -> None:
-        """Stamp what is in use, end what is idle by the database's clock, let go of objects that nobody uses."""
+        """Stamp what is in use, end what is idle by the database's clock, let go of objects whose session has ended."""
         timeout = self._idle_timeout
         interval = min(30.0, timeout / 8) if timeout else 30.0
-        clock: Callable[[], float] = asyncio.get_running_loop().time
         while True:
             # Not those that come to be meanwhile: their row may not be there yet.
             known = self.ids()
@@ -216,7 +219,3 @@ class Sessions:
                     self.session_ended(session_id)
             except Error as error:
                 logger.debug("Sessions were not looked after: %s", error)
-            stale = clock() - (timeout or LINGER)
-            for session in list(self._sessions.values()):
-                if not session.busy and session.last_used < stale and session.session_id not in self._ready:
-                    self.session_ended(session.session_id)

@@ -14,13 +14,14 @@ from typing import Any, Self, TypedDict
 from mcp.server.streamable_http import EventCallback, EventStore
 from mcp_types import JSONRPCMessage
 
+from .backend import App
 from .database import normalise_dsn
 from .errors import ConfigurationError, Error, StoreClosed
 from .event_store import SessionEventStore
 from .hub import Hub
 from .log import Log
 from .schema import quote_schema
-from .worker import App, Worker, WorkerSettings
+from .worker import Worker, WorkerSettings
 
 __all__ = ["PostgresStore", "StoreOptions"]
 
@@ -162,17 +163,11 @@ class PostgresStore(EventStore):
         """This worker's number in the database; a new one after it was declared dead."""
         return self._running_worker.identity.number
 
-    def register(
-        self,
-        receive: Callable[[str, str], bool],
-        session_ended: Callable[[str], None],
-        end_all: Callable[[], None],
-    ) -> Callable[[], None]:
+    def register(self, app: App) -> Callable[[], None]:
         """Tell an app's sessions what comes from other workers; the result takes them out again."""
-        entry = App(receive, session_ended, end_all)
         apps = self._running_worker.apps
-        apps.append(entry)
-        return lambda: apps.remove(entry)
+        apps.append(app)
+        return lambda: apps.remove(app)
 
     async def leave(self, sessions: Callable[[], set[str]]) -> None:
         """An app's lifespan ends: the calls of its sessions may finish first. With the last app the worker drains."""

@@ -85,6 +85,7 @@ Table(
         server_default=text("'{}'::text[]"),
         comment="URIs of the live resources/subscribe.",
     ),
+    _count("told", comment="How often its client has changed what the session remembers of it."),
     _moment("created_at"),
     _moment("seen_at"),
     _moment("ended_at", required=False),

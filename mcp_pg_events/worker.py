@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -16,6 +16,7 @@ import psycopg
 
 from .appends import Identity
 from .arrays import TextArray
+from .backend import App
 from .database import Connection, Database, connect, translate
 from .errors import DatabaseUnavailable, Error, NotMigrated, SchemaTooOld, WorkerTooOld
 from .fetcher import Fetcher
@@ -30,7 +31,7 @@ from .waker import Waker
 from .watch import Watch
 from .writer import Writer
 
-__all__ = ["App", "Worker", "WorkerSettings"]
+__all__ = ["Worker", "WorkerSettings"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,6 @@ class WorkerSettings:
     outage_timeout: float
     drain_timeout: float
     unresponsive_timeout: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class App:
-    """What an app's sessions do with what other workers send."""
-
-    receive: Callable[[str, str], bool]
-    session_ended: Callable[[str], None]
-    end_all: Callable[[], None]
 
 
 class Worker:
@@ -233,6 +225,9 @@ class Worker:
                 self.inbox.check()
             case "e":
                 self._session_ended(rest)
+            case "u":
+                for app in self.apps:
+                    app.session_changed(rest)
             case _:
                 logger.debug("An unknown notification was ignored")
 

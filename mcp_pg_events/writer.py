@@ -72,6 +72,7 @@ class Writer:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._open: dict[int, Stream] = {}
+        self._running: dict[tuple[str, str | None], int] = {}
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
@@ -118,12 +119,16 @@ class Writer:
     def opened(self, stream: Stream, epoch: int) -> None:
         """A stream of this worker's own, opened at `epoch`: it is told when somebody else ends it."""
         self._open[stream.number] = stream
+        self._running[stream.session_id, stream.request_key] = stream.number
         # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
         self._unsure |= epoch < self._identity.epoch
 
     def _closed(self, number: int) -> Stream | None:
         self._closing.set()
-        return self._open.pop(number, None)
+        stream = self._open.pop(number, None)
+        if stream is not None and self._running.get((stream.session_id, stream.request_key)) == number:
+            del self._running[stream.session_id, stream.request_key]
+        return stream
 
     def calls(self, sessions: Callable[[], set[str]] | None = None) -> list[int]:
         """The streams of the calls that run here, all or those of some sessions."""
@@ -137,6 +142,10 @@ class Writer:
         while self.calls(sessions):
             self._closing.clear()
             await self._closing.wait()
+
+    def running(self, session_id: str, request_key: str) -> int | None:
+        """The stream of the session's request that runs here under this key."""
+        return self._running.get((session_id, request_key))
 
     def owns(self, number: int) -> bool:
         return number in self._open

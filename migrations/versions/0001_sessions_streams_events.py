@@ -53,6 +53,7 @@ CREATE TABLE sessions (
     protocol_version text,
     log_level text,
     subscriptions text[] NOT NULL DEFAULT '{}',
+    told bigint NOT NULL DEFAULT 0,
     created_at timestamptz NOT NULL DEFAULT now(),
     seen_at timestamptz NOT NULL DEFAULT now(),
     ended_at timestamptz,
@@ -66,6 +67,7 @@ COMMENT ON COLUMN sessions.owner IS 'Who may use the session, as the server''s a
 COMMENT ON COLUMN sessions.initialize IS 'The params of initialize as JSON, to restore the session elsewhere.';
 COMMENT ON COLUMN sessions.log_level IS 'The last logging/setLevel.';
 COMMENT ON COLUMN sessions.subscriptions IS 'URIs of the live resources/subscribe.';
+COMMENT ON COLUMN sessions.told IS 'How often its client has changed what the session remembers of it.';
 
 CREATE TABLE streams (
     number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

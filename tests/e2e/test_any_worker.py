@@ -166,9 +166,32 @@ async def test_log_level_and_subscriptions_follow_the_session(shared_workers: Sh
     assert told == {"level": "warning", "subscriptions": ["test://b"]}
 
 
+async def test_what_a_client_tells_one_worker_the_others_learn_that_know_its_session(
+    shared_workers: SharedWorkers,
+) -> None:
+    workers = await shared_workers("lowlevel_app")
+    session = await Session.initialize(workers[0].url)
+
+    async def told(worker: int) -> object:
+        return json.loads(await session.call_result("told", base_url=workers[worker].url))
+
+    assert await told(1) == {"level": None, "subscriptions": []}
+    for worker, method, params, known in (
+        (0, "logging/setLevel", {"level": "error"}, {"level": "error", "subscriptions": []}),
+        (0, "resources/subscribe", {"uri": "test://x"}, {"level": "error", "subscriptions": ["test://x"]}),
+        (1, "resources/unsubscribe", {"uri": "test://x"}, {"level": "error", "subscriptions": []}),
+    ):
+        answer = await (await session.request(method, params, base_url=workers[worker].url)).result()
+        assert "result" in answer
+        assert await told(1 - worker) == known
+        assert await told(worker) == known
+    workers.assert_clean_logs()
+
+
 async def test_a_second_initialize_is_what_other_workers_then_know(shared_workers: SharedWorkers) -> None:
     workers = await shared_workers("mcpserver_app")
     session = await Session.initialize(workers[0].url, capabilities=ELICITS, client="first")
+    assert (await session.whoami(base_url=workers[1].url))["client"] == "first"
     params = {
         "protocolVersion": "2025-06-18",
         "capabilities": {},
@@ -178,8 +201,10 @@ async def test_a_second_initialize_is_what_other_workers_then_know(shared_worker
     assert again.status == 200
     assert (await again.result())["result"]["protocolVersion"] == "2025-06-18"
     session.version = "2025-06-18"
-    who = await session.whoami(base_url=workers[1].url)
-    assert (who["client"], who["protocol_version"]) == ("second", "2025-06-18")
+    # Also on one that knew the first.
+    for worker in workers.members:
+        who = await session.whoami(base_url=worker.url)
+        assert (who["client"], who["protocol_version"]) == ("second", "2025-06-18")
 
 
 async def test_a_tool_closes_connections_wherever_they_are_attached(shared_workers: SharedWorkers) -> None:

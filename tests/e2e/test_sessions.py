@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 from typing import Any
 
@@ -228,4 +229,43 @@ async def test_a_deleted_session_is_unknown_to_every_worker(shared_workers: Shar
     for worker in workers.members:
         response = await session.call("echo", {"text": "x"}, base_url=worker.url)
         assert response.status == 404, json.dumps(response.headers)
+    workers.assert_clean_logs()
+
+
+async def test_a_session_whose_client_only_listens_goes_on_hearing(start_workers: StartWorkers) -> None:
+    workers = await start_workers("mcpserver_app", 1, options={"app": {"session_idle_timeout": 1}})
+    session = await Session.initialize(workers[0].url)
+    standalone = await session.get()
+    assert await session.call_result("keep_telling", {"n": 4, "seconds": 0.8}) == "telling"
+    indices = []
+    async with asyncio.timeout(15):
+        async for event in standalone.events():
+            if event.data:
+                indices.append(event.message["params"]["data"]["index"])
+                if len(indices) == 4:
+                    break
+    assert indices == [0, 1, 2, 3]
+    assert await session.call_result("echo", {"text": "still here"}) == "still here"
+
+
+async def test_one_id_from_many_connections_at_once_runs_once_at_a_time(shared_workers: SharedWorkers) -> None:
+    workers = await shared_workers("mcpserver_app")
+    session = await Session.initialize(workers[0].url)
+    outcomes: collections.Counter[str] = collections.Counter()
+
+    async def post(text: str) -> None:
+        response = await session.call("echo", {"text": text}, id=7)
+        if response.status != 200:
+            outcomes[str(response.status)] += 1
+            return
+        async with asyncio.timeout(10):
+            result = await response.result()
+        outcomes["mine" if result["result"]["content"][0]["text"] == text else "another's"] += 1
+
+    async def connection(number: int) -> None:
+        for turn in range(25):
+            await post(f"{number}-{turn}")
+
+    await asyncio.gather(*(connection(number) for number in range(12)))
+    assert set(outcomes) == {"mine", "409"}, outcomes
     workers.assert_clean_logs()

@@ -23,6 +23,7 @@ import mcp_types as types
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("TEST_OPTIONS", "{}"))
 LARGE = 4 * 1024 * 1024
+background: set[asyncio.Task[None]] = set()
 
 PAYLOADS = {
     "nul": "before\u0000after",
@@ -195,6 +196,20 @@ def register(tool: Callable[..., Callable[[Any], Any]], context: type[Any]) -> N
         schema = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
         answer = await ctx.session.elicit_form("later?", schema, related_request_id=ctx.request_id)
         return json.dumps({"action": answer.action, "content": answer.content, "pid": os.getpid()})
+
+    @tool()
+    async def keep_telling(n: int, seconds: float, ctx: context) -> str:  # type: ignore[valid-type]
+        """Send n log entries that belong to no request, each after some seconds, and do not wait for that."""
+        session = ctx.session
+
+        async def tell() -> None:
+            for index in range(n):
+                await asyncio.sleep(seconds)
+                await session.send_notification(log_entry(index, "kept"))
+
+        background.add(task := asyncio.create_task(tell()))
+        task.add_done_callback(background.discard)
+        return "telling"
 
     @tool()
     async def block(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The test server on the SDK's low-level `Server`: `echo`, `count`, `wait`, and `told` (what its handlers were told)."""
+"""The test server on the SDK's low-level `Server`: `echo`, `count`, `wait`, and `told`: what its handlers were told."""
 
 from __future__ import annotations
 
