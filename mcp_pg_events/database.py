@@ -105,7 +105,12 @@ def translate(error: BaseException) -> Error:
         return DatabaseUnavailable("No connection to PostgreSQL was to be had in time; check that it runs")
     if isinstance(error, TimeoutError):
         return DatabaseUnavailable("PostgreSQL did not answer in time; check that it runs, and what holds its locks")
-    text = " ".join(str(error).split()) if isinstance(error, psycopg.Error | OSError) else type(error).__name__
+    if isinstance(error, psycopg.Error) and error.sqlstate is not None:
+        # Its primary message alone: DETAIL and CONTEXT may quote the row, and so a payload.
+        text = error.diag.message_primary or type(error).__name__
+    else:
+        text = str(error) if isinstance(error, psycopg.Error | OSError) else type(error).__name__
+    text = " ".join(text.split())
     return DatabaseUnavailable(
         f"PostgreSQL cannot be used ({text[:300]}); check that it runs and that the DSN is right"
     )

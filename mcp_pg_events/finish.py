@@ -153,6 +153,7 @@ class Finisher:
             cursor = await connection.execute(self._queries.worker_streams, {"worker": number})
             finished = await self._finish(connection, await cursor.fetchall(), reason)
             await connection.execute(self._queries.forget_readers, {"worker": number})
+            await connection.execute(self._queries.forget_letters, {"worker": number})
             return finished
 
         finished = await self._database.transaction(end, patience=patience)

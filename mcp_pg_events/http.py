@@ -167,7 +167,7 @@ class HTTPEndpoint:
         except RequestInFlight:
             raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
         subscription = self._hub.subscribe(
-            call.stream.number, key.session_id, 1, resumable=not self._options.json_response
+            call.stream.number, key.session_id, 1, resumable=self._primes(call.protocol_version)
         )
         try:
             # Asked again: a `restored` elsewhere may have come first.
@@ -194,9 +194,12 @@ class HTTPEndpoint:
             )
         key = self._key(request, uuid4().hex)
         session = self._sessions.open(key.session_id)
-        established = False
+        recorded = established = False
         try:
-            *notices, answer = await session.initialize(message, request)
+            answers = await session.initialize(message, request)
+            if not answers:
+                raise DatabaseUnavailable("This worker lost its number while the session began; send it again")
+            *notices, answer = answers
             if not isinstance(answer, JSONRPCResponse):
                 raise _Answer(Response(_dump(answer), media_type="application/json"))
             with anyio.CancelScope(shield=True):
@@ -208,20 +211,24 @@ class HTTPEndpoint:
                     request_key=request_key(message.id),
                     limit=self._options.max_sessions,
                 )
+                recorded = True
                 session.standalone = Stream(opened.standalone, key.session_id, shared=True)
-                established = True
-                subscription = self._hub.subscribe(
-                    opened.stream.number, key.session_id, 1, resumable=not self._options.json_response
-                )
                 for notice in notices:
                     await self._log.append(opened.stream, _dump(notice))
                 await self._log.append(opened.stream, _dump(answer), final=True)
+                established = True
         except SessionLimit:
             logger.warning("Refusing to open a new session: %s sessions are already open", self._options.max_sessions)
             raise _Answer(_error(503, "Too many open sessions", INTERNAL_ERROR)) from None
         finally:
             if not established:
                 self._sessions.session_ended(key.session_id)
+                if recorded:
+                    # Nobody knows its id.
+                    self._store.spawn(self._log.end_session(key, "failed"))
+        version = session.connection.protocol_version
+        subscription = self._hub.subscribe(opened.stream.number, key.session_id, 1, resumable=self._primes(version))
+        subscription.fall_behind()
         await self._respond(session, opened.stream, subscription, receive, send)
 
     async def _respond(
@@ -229,7 +236,7 @@ class HTTPEndpoint:
     ) -> None:
         bound = self._log.bound_of(stream)
         if not self._options.json_response:
-            primes = is_version_at_least(session.connection.protocol_version, RESUMABLE_SINCE)
+            primes = self._primes(session.connection.protocol_version)
             reader = SSEReader(
                 self._log, subscription, position=0, bound=bound, primes=primes, options=self._options.reader
             )
@@ -243,6 +250,10 @@ class HTTPEndpoint:
             raise _Answer(_error(500, "Session terminated before the request completed", INTERNAL_ERROR))
         headers = {SESSION_ID: session.session_id}
         raise _Answer(Response(payload, media_type="application/json", headers=headers))
+
+    def _primes(self, protocol_version: str) -> bool:
+        """Whether a POST's response begins with an event that its client can resume from (2025-11-25 and later)."""
+        return not self._options.json_response and is_version_at_least(protocol_version, RESUMABLE_SINCE)
 
     # --- GET ----------------------------------------------------------------------------------------------------------
 

@@ -25,11 +25,12 @@ BUFFER_BYTES: Final = 256 * 1024
 
 class Subscription:
     """One reader's live events, in order, or the note that there is something to read. A response that its client
-    cannot resume (one in JSON) stays when the worker drains."""
+    cannot resume (one in JSON, or one that gave an old client no id yet) stays when the worker drains."""
 
     __slots__ = (
         "_bytes",
         "_changed",
+        "_postponed",
         "behind",
         "end_reason",
         "events",
@@ -51,6 +52,7 @@ class Subscription:
         self.on_end: Callable[[], None] | None = None
         self._bytes = 0
         self._changed: asyncio.Future[None] | None = None
+        self._postponed = False
 
     def offer(self, event: Event) -> None:
         """A live event; dropped when the reader has to go to the log anyway."""
@@ -76,6 +78,20 @@ class Subscription:
             self._wake()
             if self.on_end is not None:
                 self.on_end()
+
+    def drain(self) -> None:
+        """Send the client elsewhere, as soon as it can resume."""
+        if self.resumable:
+            self.end("drained")
+        else:
+            self._postponed = True
+
+    def gave_id(self) -> None:
+        """The client knows a position from now on."""
+        if not self.resumable:
+            self.resumable = True
+            if self._postponed:
+                self.end("drained")
 
     def take(self) -> list[Event]:
         """The live events so far."""
@@ -134,8 +150,8 @@ class Hub:
         if other is not None:
             other.end("superseded")
         self._subscriptions[stream] = subscription
-        if self._draining and resumable:
-            subscription.end("drained")
+        if self._draining:
+            subscription.drain()
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -174,16 +190,11 @@ class Hub:
             if subscription.session_id == session_id:
                 subscription.fall_behind()
 
-    def end_all(self, reason: EndReason) -> None:
-        for subscription in list(self._subscriptions.values()):
-            subscription.end(reason)
-
     def drain(self) -> None:
         """End every response that can be resumed, also those to come."""
         self._draining = True
         for subscription in list(self._subscriptions.values()):
-            if subscription.resumable:
-                subscription.end("drained")
+            subscription.drain()
 
     def sessions(self) -> set[str]:
         """The sessions that somebody reads here."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .appends import Identity
+from .arrays import Int8Array
 from .database import Database
 from .errors import Error
 from .queries import Queries
@@ -21,6 +22,8 @@ __all__ = ["Inbox"]
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL: Final = 5.0
+PAGE_LETTERS: Final = 100
+PAGE_BYTES: Final = 4_000_000
 
 
 class Inbox:
@@ -34,6 +37,7 @@ class Inbox:
         self._identity = identity
         self._deliver = deliver
         self._arrived = asyncio.Event()
+        self._delivered: set[int] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -57,12 +61,30 @@ class Inbox:
                 pass
             self._arrived.clear()
             try:
-                letters = await self._database.fetch(self._queries.collect, {"me": self._identity.number})
+                while await self._collect():
+                    pass
             except Error as error:
                 logger.debug("The inbox was not read: %s", error)
+                await asyncio.sleep(0.5)
+                self._arrived.set()
+
+    async def _collect(self) -> bool:
+        """Deliver a page of letters, and then remove it; whether there may be more."""
+        me = self._identity.number
+        letters = await self._database.fetch(
+            self._queries.letters, {"me": me, "limit": PAGE_LETTERS, "page": PAGE_BYTES}
+        )
+        for letter, session_id, payload in letters:
+            # Each once, also where its removal failed.
+            if letter in self._delivered:
                 continue
-            for session_id, payload in letters:
-                try:
-                    self._deliver(session_id, payload)
-                except Exception:
-                    logger.exception("A message for session %s could not be delivered", session_id)
+            self._delivered.add(letter)
+            try:
+                self._deliver(session_id, payload)
+            except Exception:
+                logger.exception("A message for session %s could not be delivered", session_id)
+        if letters:
+            ids = [letter for letter, _, _ in letters]
+            await self._database.fetch(self._queries.remove_letters, {"me": me, "ids": Int8Array(ids)})
+            self._delivered.difference_update(ids)
+        return bool(letters)

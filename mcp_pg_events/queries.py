@@ -505,24 +505,30 @@ _statement(
 )
 _statement(
     "post",
-    # A message on its way to the worker that it concerns; durable, then announced, before the client's 202.
+    # A message on its way to the worker that it concerns; durable, then announced, before the client's 202. The lock
+    # keeps it from being left behind by one that is just being declared dead.
     """
-    WITH letter AS (
-        INSERT INTO {s}.inbox (worker, session_id, payload)
-        SELECT number, %(session)s, %(payload)s FROM {s}.workers
-         WHERE number = ANY(%(workers)b::bigint[]) AND ended_at IS NULL
+    WITH alive AS (
+        SELECT number FROM {s}.workers WHERE number = ANY(%(workers)b::bigint[]) AND ended_at IS NULL FOR KEY SHARE
+    ), letter AS (
+        INSERT INTO {s}.inbox (worker, session_id, payload) SELECT number, %(session)s, %(payload)s FROM alive
         RETURNING worker
     )
     SELECT worker, pg_notify(%(prefix)s::text || worker, 'i') FROM letter
     """,
 )
 _statement(
-    "collect",
+    "letters",
+    # Read first, and removed once they are delivered: the answer to one statement that did both could be lost.
     """
-    WITH taken AS (DELETE FROM {s}.inbox WHERE worker = %(me)s RETURNING id, session_id, payload)
-    SELECT session_id, payload FROM taken ORDER BY id
+    SELECT id, session_id, payload FROM (
+        SELECT id, session_id, payload, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS before
+          FROM (SELECT id, session_id, payload FROM {s}.inbox WHERE worker = %(me)s ORDER BY id LIMIT %(limit)s) page
+    ) letters WHERE before < %(page)s ORDER BY id
     """,
 )
+_statement("remove_letters", "DELETE FROM {s}.inbox WHERE worker = %(me)s AND id = ANY(%(ids)b::bigint[])")
+_statement("forget_letters", "DELETE FROM {s}.inbox WHERE worker = %(worker)s")
 _statement(
     "tell_others",
     "SELECT pg_notify(%(prefix)s::text || number, %(payload)s) FROM {s}.workers "

@@ -122,6 +122,7 @@ class SSEReader:
                 await self._send(send, b"".join(sse.frame(self._stream, e.seq, e.payload) for e in events))
                 self.position, self._bound = events[-1].seq, max(self._bound, self._log.bound_after(events[-1]))
                 last_sent = clock()
+                subscription.gave_id()
             if ended:
                 self.complete = True
                 return

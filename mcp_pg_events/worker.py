@@ -258,7 +258,6 @@ class Worker:
     def _lost(self, error: Error) -> None:
         """This worker was declared dead, or gave its calls up. It goes on as another one."""
         logger.error("Worker %d lost its calls: %s", self.identity.number, error)
-        self.hub.end_all("ended")
         for app in self.apps:
             app.end_all()
         if self._renewal is None or self._renewal.done():

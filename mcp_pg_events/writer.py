@@ -68,6 +68,7 @@ class Writer:
         self._on_broken = on_broken
         self._identity = identity
         self._queue: deque[Entry] = deque()
+        self._taken: list[Entry] = []
         self._pending_bytes = 0
         self._work = asyncio.Event()
         self._room = asyncio.Event()
@@ -103,13 +104,18 @@ class Writer:
         """Store what is queued, then end. Bounded by what the caller allows."""
         if self._task is not None:
             try:
-                while self._queue and self._lost is None and not self._task.done():
-                    last: asyncio.Future[Any] = self._queue[-1].done
-                    await asyncio.wait({last, self._task}, return_when=asyncio.FIRST_COMPLETED)
+                while self._lost is None and not self._task.done() and (self._taken or self._queue):
+                    waiting: set[asyncio.Future[Any]] = {
+                        entry.done for entry in (*self._taken, *self._queue) if not entry.done.done()
+                    }
+                    waiting.add(self._task)
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=0.05)
             finally:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
         self._fail_all(StoreClosed())
+        for entry in self._taken:
+            _fail(entry, StoreClosed())
         await self._appends.close()
 
     def sessions(self) -> set[str]:
@@ -187,10 +193,29 @@ class Writer:
                 await self._flush([], self._appends.store_own)
             while self._queue:
                 own, shared = self._take()
-                if own:
-                    await self._flush(own, self._appends.store_own)
-                if shared:
-                    await self._flush(shared, self._appends.store_shared)
+                self._taken = own + shared
+                try:
+                    if own:
+                        await self._flush(own, self._appends.store_own)
+                    if shared:
+                        await self._flush(shared, self._appends.store_shared)
+                except Exception:
+                    # Nothing that was foreseen; whoever waits is told, and the others go on.
+                    logger.exception("Events could not be stored")
+                    self._fail_taken(AppendRefused("The event was not stored; the server's log says why"))
+                self._taken = []
+
+    def _fail_taken(self, error: Error) -> None:
+        for entry in self._taken:
+            if not entry.done.done():
+                _fail(entry, error)
+                if not entry.stream.shared:
+                    self._break(entry.stream.number)
+
+    def _break(self, number: int, reason: str = "not_stored") -> None:
+        """A stream of this worker's own cannot go on: a number is lost, and nothing can follow it but an error."""
+        self.ended_elsewhere(number)
+        self._on_broken(number, reason)
 
     def _take(self) -> tuple[list[Entry], list[Entry]]:
         own: list[Entry] = []
@@ -245,7 +270,8 @@ class Writer:
             except Refused:
                 self._unsure = True
             except errors.CheckViolation as error:
-                if partitions_made == 3 or not await self._appends.make_partition():
+                # A constraint's violation has its name; that no partition takes the row has none.
+                if error.diag.constraint_name or partitions_made == 3 or not await self._appends.make_partition():
                     await self._refuse_or_split(batch, store, error)
                     return
                 partitions_made += 1
@@ -303,8 +329,7 @@ class Writer:
         self._suspicious = False
         for number in behind:
             logger.error("The database lost acknowledged events of stream %d, so its call ends", number)
-            self.ended_elsewhere(number)
-            self._on_broken(number, "data_lost")
+            self._break(number, "data_lost")
 
     def ended_elsewhere(self, number: int) -> None:
         """Somebody else wrote a stream's final: its call here is to end."""
@@ -328,9 +353,7 @@ class Writer:
         logger.error("An event of stream %d could not be stored: %s", entry.stream.number, translate(error))
         _fail(entry, AppendRefused(f"The event was not stored: {translate(error)}"))
         if not entry.stream.shared:
-            # Its number is lost, so nothing can follow it but an error that ends the stream.
-            self.ended_elsewhere(entry.stream.number)
-            self._on_broken(entry.stream.number, "not_stored")
+            self._break(entry.stream.number)
 
     def _note_stall(self, why: str) -> None:
         if self.stalled_since is None:

@@ -131,8 +131,16 @@ def written(value: Any) -> bytes:
 requests_of_tools = st.builds(
     lambda id, params: {"jsonrpc": "2.0", "id": id, "method": "tools/call", "params": params}, ids, calls
 )
+answers = st.builds(lambda id, result: {"jsonrpc": "2.0", "id": id, "result": result}, ids, st.just({}) | values)
+notices = st.builds(
+    lambda method, params: {"jsonrpc": "2.0", "method": method, "params": params},
+    st.sampled_from(["notifications/cancelled", "notifications/progress", "notifications/roots/list_changed"]),
+    named,
+)
 bodies = st.one_of(
     requests_of_tools.map(written),
+    answers.map(written),
+    notices.map(written),
     messages.map(written),
     st.lists(messages, max_size=3).map(written),
     values.map(written),
@@ -169,7 +177,10 @@ headers = st.fixed_dictionaries(
 verbs = st.sampled_from(["POST"] * 12 + ["GET"] * 4 + ["DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "TRACE"])
 sessions = st.sampled_from(["own"] * 8 + ["other"] * 3 + ["deleted", "unknown"]) | latin | st.none()
 cursors = st.sampled_from(["own", "other", "1-1", "0-0", f"{2**63}-1", "-"]) | latin | st.none()
-made = st.builds(Made, verbs, headers, bodies | st.none(), sessions, st.none() | cursors, st.integers(0, 1))
+# Half of the requests have nothing odd but their bodies, or they would seldom get that far.
+made = st.builds(
+    Made, verbs, st.just({}) | headers, bodies | st.none(), sessions, st.none() | cursors, st.integers(0, 1)
+)
 
 
 # --- sending them -----------------------------------------------------------------------------------------------------

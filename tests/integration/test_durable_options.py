@@ -30,7 +30,7 @@ from tests.integration.apps import (
     initialize_status,
     mcpserver,
 )
-from tests.support.log import query
+from tests.support.log import parts, query
 from tests.support.mcp_http import Response, Session, request
 from tests.support.serving import serving
 
@@ -203,7 +203,9 @@ async def test_a_running_call_and_an_attached_get_hold_off_the_idle_timeout(migr
     async with workers(migrated_once, *apps) as urls:
         calling, listening = [await Session.initialize(urls[0]) for _ in range(2)]
         call = await calling.call("wait", {"key": "k"}, base_url=urls[1])
+        priming = await anext(call.events())
         await waiting(keys, "k")
+        call.cut()
         standalone = await listening.get(base_url=urls[1])
         for _ in range(2):
             # Sessions that do nothing come and go meanwhile.
@@ -211,7 +213,7 @@ async def test_a_running_call_and_an_attached_get_hold_off_the_idle_timeout(migr
         for session in (calling, listening):
             assert await session.call_result("echo", {"text": "x"}, base_url=urls[0]) == "x"
         (keys / "k").touch()
-        assert "result" in await call.result()
+        assert "result" in await (await calling.get(priming.id, base_url=urls[0])).result()
         standalone.close()
         # Once they are left alone they end as well.
         await asyncio.gather(*(ended_by_idling(migrated_once, session) for session in (calling, listening)))

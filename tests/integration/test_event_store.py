@@ -16,8 +16,9 @@ from mcp.server.streamable_http import EventMessage, EventStore, StreamableHTTPS
 from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCNotification, JSONRPCResponse
 from starlette.types import Receive, Scope, Send
 
-from mcp_pg_events import PostgresStore
+from mcp_pg_events import PostgresStore, event_store
 from mcp_pg_events.errors import ConfigurationError, Error, StoreClosed
+from tests.support.deaf_proxy import DeafProxy, dsn_through, target_of
 from tests.support.log import open_session, query, running
 from tests.support.mcp_http import Session
 from tests.support.serving import serving
@@ -166,20 +167,29 @@ async def test_an_id_that_cannot_be_resumed_from_raises_and_says_which_kind(migr
             await replayed(store.for_session(uuid4().hex), everything[2][0])
 
 
-async def test_the_newest_replay_wins_on_any_worker(migrated_once: str) -> None:
-    async with running(migrated_once, 2) as (store, other):
-        session = uuid4().hex
-        events = store.for_session(session)
-        first = await events.store_event("1", note(0))
-        old, new = Received(), Received()
-        older = asyncio.create_task(events.replay_events_after(first, old))
-        await events.store_event("1", note(1))
-        await old.until(1)
-        newer = asyncio.create_task(other.for_session(session).replay_events_after(first, new))
-        assert await asyncio.wait_for(older, 1) is None
-        await events.store_event("1", result())
-        assert await asyncio.wait_for(newer, 5) is None
-        assert (len(old.messages), len(new.messages)) == (1, 2)
+@pytest.mark.parametrize("told", [True, False])
+async def test_the_newest_replay_wins_on_any_worker(
+    told: bool, migrated_once: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the notification of it is lost."""
+    monkeypatch.setattr(event_store, "POLL_INTERVAL", 60 if told else 0.2)
+    async with DeafProxy.to(*target_of(migrated_once)) as proxy, running(migrated_once, 1) as (other,):
+        assert isinstance(proxy, DeafProxy)
+        async with PostgresStore(migrated_once, listen_dsn=dsn_through(proxy, migrated_once)) as store:
+            session = uuid4().hex
+            events = store.for_session(session)
+            first = await events.store_event("1", note(0))
+            old, new = Received(), Received()
+            older = asyncio.create_task(events.replay_events_after(first, old))
+            await events.store_event("1", note(1))
+            await old.until(1)
+            proxy.deaf = not told
+            newer = asyncio.create_task(other.for_session(session).replay_events_after(first, new))
+            await new.until(1)
+            assert await asyncio.wait_for(older, 5) is None
+            await events.store_event("1", result())
+            assert await asyncio.wait_for(newer, 5) is None
+            assert (len(old.messages), len(new.messages)) == (1, 2)
 
 
 async def test_what_is_stored_comes_back_as_it_was(migrated_once: str) -> None:

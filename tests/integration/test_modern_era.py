@@ -1,15 +1,16 @@
 """Requests of 2026-07-28 pass a durable app untouched: what comes back is the undurable app's, byte for byte."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the SDK reads the tools' annotations.
 
 import json
 from typing import Any
 
 import pytest
+from mcp.server.mcpserver import Context
 from mcp_types import CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY, PROTOCOL_VERSION_META_KEY
 
 from mcp_pg_events import durable
-from tests.integration.apps import ACCEPT, FRAMEWORKS, http_app
+from tests.integration.apps import ACCEPT, FRAMEWORKS, http_app, mcpserver
 from tests.support.log import query
 from tests.support.mcp_http import request
 from tests.support.serving import serving
@@ -100,3 +101,32 @@ async def test_the_modern_era_reaches_the_sdk_unchanged(framework: str, json_res
     # And nothing of it was written down.
     assert query(migrated, "SELECT count(*) FROM sessions") == [(0,)]
     assert query(migrated, "SELECT count(*) FROM streams") == [(0,)]
+
+
+async def test_a_subscription_of_the_modern_era_stays_open_and_live(migrated_once: str) -> None:
+    """One response that lasts: an acknowledgement, then what the server publishes, then its end with the app."""
+
+    def app() -> Any:
+        server = mcpserver()
+
+        @server.tool()
+        async def publish(ctx: Context) -> str:
+            """Tell whoever listens that the tools have changed."""
+            await ctx.notify_tools_changed()
+            return "published"
+
+        return server.streamable_http_app()
+
+    listen = message("subscriptions/listen", notifications={"toolsListChanged": True})
+    told = []
+    for each in (app(), durable(app(), migrated_once)):
+        async with serving(each) as url:
+            response = await request("POST", f"{url}/mcp", headers=routed(listen), body=listen)
+            events = response.events()
+            heard = [(await anext(events)).message]
+            await (await request("POST", f"{url}/mcp", headers=routed(call("publish")), body=call("publish"))).read()
+            heard.append((await anext(events)).message)
+            told.append((response.status, response.headers["content-type"], heard))
+    assert told[0] == told[1]
+    methods = ["notifications/subscriptions/acknowledged", "notifications/tools/list_changed"]
+    assert [heard["method"] for heard in told[0][2]] == methods

@@ -76,6 +76,7 @@ async def test_a_wrong_dsn_is_one_sentence(
 @pytest.mark.parametrize(
     "dsn",
     [
+        f"postgresql://user:{SECRET}@[::1/database",  # libpq's complaint quotes it all
         f"postgresql://user:{SECRET}@host/database?no_such_option=1",
         f"host=h password='{SECRET}",
         f"password={SECRET} nonsense",
@@ -239,8 +240,13 @@ async def test_two_schemas_in_one_database_do_not_meet(migrated: str) -> None:
         assert stored(migrated, stream.number) == [(1, NOTE)]
         # Locks and channels belong to the whole database: neither judges the other's workers, nor hears of its streams.
         for store in (here, there):
-            assert await parts(store).finisher.suspects(0) == []
+            assert await parts(store).finisher.suspects(60) == []
         assert parts(here).waker._prefix != parts(there).waker._prefix
-        locks = "SELECT count(DISTINCT (classid, objid)) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-        database = " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        assert query(migrated, locks + database) == [(2,)]
+        # A worker that is dead here is not kept alive by the lock of its namesake there.
+        await stack.enter_async_context(running(migrated, 1, schema=second))
+        statement = "INSERT INTO workers (host, pid, revision, seen_at) SELECT 'h', 1, %s, now() - interval '1 hour'"
+        query(migrated, statement + " RETURNING number", REVISION)
+        locks = "SELECT count(DISTINCT (classid, objid)), count(DISTINCT objid) FROM pg_locks"
+        mine = " WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        assert query(migrated, locks + mine + " AND locktype = 'advisory' AND granted") == [(3, 2)]
+        assert [suspect.number for suspect in await parts(here).finisher.suspects(10**6)] == [2]

@@ -120,7 +120,7 @@ async def waiting(subscription: Subscription) -> asyncio.Task[bool]:
     return task
 
 
-@pytest.mark.parametrize("what", ["publish", "wake", "wake_all", "end_session", "end_stream", "end_all", "supersede"])
+@pytest.mark.parametrize("what", ["publish", "wake", "wake_all", "end_session", "end_stream", "drain", "supersede"])
 async def test_a_reader_that_waits_wakes_at_once(what: str) -> None:
     hub = Hub()
     task = await waiting(hub.subscribe(1, "s", 1))
@@ -138,10 +138,10 @@ async def test_a_reader_that_waits_wakes_at_once(what: str) -> None:
             hub.supersede(1, 2)
         case "wake_all":
             hub.wake_all()
-        case "end_all":
+        case "drain":
             hub.end_all("drained")
     assert await asyncio.wait_for(task, 1)
-    if what in ("wake_all", "end_all"):
+    if what in ("wake_all", "drain"):
         assert await asyncio.wait_for(untouched, 1)
     else:
         await asyncio.sleep(0)
