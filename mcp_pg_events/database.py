@@ -23,7 +23,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from . import arrays
-from .errors import ConfigurationError, DatabaseUnavailable, Error, NotMigrated
+from .errors import ConfigurationError, DatabaseRefused, DatabaseUnavailable, Error, NotMigrated
 
 __all__ = ["Connection", "Database", "Limit", "connect", "is_outage", "normalise_dsn", "translate"]
 
@@ -98,7 +98,7 @@ def translate(error: BaseException) -> Error:
         )
     if isinstance(error, errors.InsufficientPrivilege):
         detail = error.diag.message_primary or "permission denied"
-        return DatabaseUnavailable(
+        return DatabaseRefused(
             f"The database role may not do this ({detail}); grant it with `mcp-pg-events migrate --worker-role ROLE`"
         )
     if isinstance(error, PoolTimeout):
@@ -111,6 +111,10 @@ def translate(error: BaseException) -> Error:
     else:
         text = str(error) if isinstance(error, psycopg.Error | OSError) else type(error).__name__
     text = " ".join(text.split())
+    if not is_outage(error):
+        return DatabaseRefused(
+            f"PostgreSQL refused a statement ({text[:300]}); the schema may have been changed by hand"
+        )
     return DatabaseUnavailable(
         f"PostgreSQL cannot be used ({text[:300]}); check that it runs and that the DSN is right"
     )

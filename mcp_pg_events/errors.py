@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "AppendRefused",
     "ConfigurationError",
+    "DatabaseRefused",
     "DatabaseUnavailable",
     "Error",
     "ListenUnavailable",
@@ -33,6 +34,10 @@ class ConfigurationError(Error):
 
 class DatabaseUnavailable(Error):
     """PostgreSQL cannot be reached; check that it runs and that the DSN is right."""
+
+
+class DatabaseRefused(DatabaseUnavailable):
+    """PostgreSQL refused a statement, and will again; see what it says."""
 
 
 class NotMigrated(Error):

@@ -143,7 +143,10 @@ class Fetcher:
                 continue
             final_seq, generation, floor = facts[request.stream]
             found = events[request.stream]
-            contiguous = found[0].seq == request.after + 1 if found else final_seq is None or request.after >= final_seq
+            if found:
+                contiguous = found[0].seq == request.after + 1 and found[-1].seq == request.after + len(found)
+            else:
+                contiguous = final_seq is None or request.after >= final_seq
             expired = (not contiguous and floor > request.after) or (not found and floor > request.after)
             if not contiguous and not expired:
                 holes.append(request)

@@ -40,7 +40,7 @@ from starlette.types import Receive, Scope, Send
 
 from . import sse
 from .backend import Attachment, CursorRejected, RequestInFlight, SessionKey, SessionLimit, SessionUnknown, Stream
-from .errors import DatabaseUnavailable, Error
+from .errors import DatabaseRefused, DatabaseUnavailable, Error
 from .hub import Subscription
 from .reader import ReaderOptions, SSEReader, read_final
 from .session import RESUMABLE_SINCE, Session, request_key
@@ -112,6 +112,9 @@ class HTTPEndpoint:
             await answer.response(scope, receive, send)
         except SessionUnknown:
             await _error(404, "Session not found")(scope, receive, send)
+        except DatabaseRefused as error:
+            self._store.note_outage(error)
+            await _error(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
         except DatabaseUnavailable as error:
             self._store.note_outage(error)
             unavailable = _error(
@@ -297,9 +300,12 @@ class HTTPEndpoint:
         while True:
             try:
                 return await self._log.attach(key, stream, after, patience=HOLD)
+            except DatabaseRefused:
+                raise
             except DatabaseUnavailable:
                 if self._store.draining or clock() > deadline or await request.is_disconnected():
                     raise
+                await asyncio.sleep(0.25)
 
     async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
         headers = [

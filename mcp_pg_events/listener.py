@@ -168,7 +168,9 @@ class Listener:
                     self._drop()
                 await self._receiving
             except asyncio.CancelledError:
-                if self._stopping:
+                # Its receiver's, as a rule; or this task's own.
+                this = asyncio.current_task()
+                if self._stopping or (this is not None and this.cancelling()):
                     raise
             except (psycopg.Error, Error, OSError) as error:
                 if self.up_since is not None:

@@ -236,6 +236,14 @@ _statement(
     """,
 )
 _statement(
+    "orphans",
+    # Open calls of this worker that are not quite new; of those that it does not run, nobody would ever write the end.
+    """
+    SELECT number FROM {s}.streams
+     WHERE worker = %(me)s AND final_seq IS NULL AND created_at < now() - interval '30 seconds'
+    """,
+)
+_statement(
     "lock_workers",
     # FOR UPDATE waits for the append that is under way, whose statement holds FOR KEY SHARE; the epoch, which the
     # append's own condition names, then refuses the appends that were waiting here and have an older snapshot.

@@ -36,6 +36,7 @@ __all__ = ["Worker", "WorkerSettings"]
 logger = logging.getLogger(__name__)
 
 PARTITIONS_AHEAD: Final = 2
+ORPHAN_CHECK: Final = 10.0
 PARTITION_CHECK: Final = timedelta(minutes=10)
 
 
@@ -92,7 +93,7 @@ class Worker:
             self.waker.add,
             outage_timeout=settings.outage_timeout,
             on_lost=self._lost,
-            on_broken=lambda stream, reason: self.spawn(self.finisher.finish_own([stream], reason)),
+            on_broken=lambda stream, reason: self.spawn(self._finish([stream], reason)),
         )
         self.finisher = Finisher(
             self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix, schema_oid
@@ -129,6 +130,7 @@ class Worker:
         self.inbox.start()
         self.watch.start()
         self.spawn(self._make_partitions())
+        self.spawn(self._finish_orphans())
         logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
 
     async def stop(self) -> None:
@@ -207,6 +209,26 @@ class Worker:
                 await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD})
             except Error as error:
                 logger.warning("Partitions could not be made ahead: %s", error)
+
+    async def _finish(self, streams: list[int], reason: str) -> None:
+        try:
+            await self.finisher.finish_own(streams, reason)
+        except Error as error:
+            logger.warning("%d calls could not be ended yet: %s", len(streams), error)
+
+    async def _finish_orphans(self) -> None:
+        """End the open calls that nobody runs: their end could not be written, or their opening's answer was lost."""
+        while True:
+            await asyncio.sleep(ORPHAN_CHECK)
+            try:
+                rows = await self.database.fetch(self._queries.orphans, {"me": self.identity.number})
+            except Error as error:
+                logger.debug("Open calls were not looked over: %s", error)
+                continue
+            orphans = [number for (number,) in rows if not self.writer.owns(number)]
+            if orphans and not self.writer.lost:
+                logger.warning("Ending %d calls that nobody runs", len(orphans))
+                await self._finish(orphans, "not_stored")
 
     # --- what arrives -------------------------------------------------------------------------------------------------
 

@@ -121,6 +121,6 @@ async def test_clients_that_know_no_priming_get_no_event_without_data_when_they_
         # The standalone stream, which the server ends: no cursor on the way out either.
         standalone = await session.get()
         assert standalone.status == 200
-        store.hub.end_all("closed")
+        store.hub.drain()
         assert [event async for event in standalone.events()] == []
         assert standalone.complete

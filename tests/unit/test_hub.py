@@ -139,7 +139,7 @@ async def test_a_reader_that_waits_wakes_at_once(what: str) -> None:
         case "wake_all":
             hub.wake_all()
         case "drain":
-            hub.end_all("drained")
+            hub.drain()
     assert await asyncio.wait_for(task, 1)
     if what in ("wake_all", "drain"):
         assert await asyncio.wait_for(untouched, 1)
@@ -181,7 +181,7 @@ async def test_the_first_reason_to_end_stays_and_is_told_once(reason: EndReason)
     reader.on_end = lambda: told.append(reader.end_reason)
     reader.end(reason)
     reader.end("closed" if reason != "closed" else "ended")
-    hub.end_all("drained")
+    hub.drain()
     assert told == [reason]
     assert reader.end_reason == reason
 
