@@ -292,10 +292,13 @@ class Worker:
             await self.listener.renew()
             self.writer.renew()
             logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
-            try:
-                await self.finisher.end_worker(old, reason)
-            except Error as error:
-                logger.warning("The calls of worker %d are left to other workers to end: %s", old, error)
+            for _ in range(20):
+                try:
+                    await self.finisher.end_worker(old, reason)
+                    break
+                except Error as error:
+                    logger.debug("The calls of worker %d could not be ended yet: %s", old, error)
+                    await asyncio.sleep(0.5)
 
     # --- odds and ends ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mcp_pg_events import PostgresStore, inbox, listener, watch
-from mcp_pg_events.backend import SessionKey
+from mcp_pg_events.backend import App, SessionKey
 from mcp_pg_events.errors import ListenUnavailable
 from mcp_pg_events.reader import ReaderOptions, SSEReader
 from tests.support.deaf_proxy import DeafProxy, dsn_through, target_of
@@ -140,7 +140,7 @@ async def test_a_letter_whose_announcement_is_lost_only_comes_later(
             letters.append((session_id, payload))
             return True
 
-        leave = other.register(receive, lambda session_id: None, lambda: None)
+        leave = other.register(App(receive, lambda session_id: None, lambda session_id: None, lambda: None))
         proxy.deaf = True
         for number in range(3):
             assert await store.log.post([other.worker_number()], "session", str(number)) == 1

@@ -80,7 +80,8 @@ async def test_no_database_error_reaches_a_handler_and_the_session_goes_on(migra
             # Whoever resumes the call gets an error, after what was stored.
             resumed = await session.get(seen[-1].id)
             rest = [event.message async for event in resumed.events() if event.data]
-            assert rest[-1]["error"]["data"] == {"reason": "outage"}
+            # Its worker's, or that of whoever found the old number's lock free first.
+            assert rest[-1]["error"]["data"]["reason"] in ("outage", "worker_lost")
             assert rest[-1]["id"] == "long"
             await until(lambda: store.hub.sessions() == set())
 
