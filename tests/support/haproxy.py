@@ -5,9 +5,9 @@
         await proxy.served()    # how many requests each has got
 
 No connection to a worker is used twice. A request that a worker refuses, or hangs up on without a word, is tried on the
-next: at SIGTERM uvicorn closes its socket with the connections that wait in it, and those whose request it has not read.
-That is safe, since a request that did arrive is in flight, and refused when it comes again. Responses are passed on as
-they come.
+next: at SIGTERM uvicorn closes its socket with the connections that wait in it, and those whose request it has not
+read. That is safe, since a request that did arrive is in flight, and refused when it comes again. Responses are passed
+on as they come.
 """
 
 from __future__ import annotations

@@ -210,6 +210,23 @@ async def test_a_worker_that_drains_ends_every_reader_also_those_to_come() -> No
     assert (before.end_reason, after.end_reason) == ("drained", "drained")
 
 
+async def test_a_response_that_cannot_be_resumed_yet_stays_until_its_client_has_an_id() -> None:
+    hub = Hub()
+    early = hub.subscribe(1, "s", 1, resumable=False)
+    hub.drain()
+    late = hub.subscribe(2, "s", 1, resumable=False)
+    for reader in (early, late):
+        assert reader.end_reason is None
+        hub.publish(reader.stream, event(1))
+        assert seqs(reader) == [1]
+        reader.gave_id()
+        assert reader.end_reason == "drained"
+    # Where nothing drains, an id changes nothing.
+    quiet = Hub().subscribe(1, "s", 1, resumable=False)
+    quiet.gave_id()
+    assert quiet.end_reason is None
+
+
 async def test_the_sessions_that_somebody_reads() -> None:
     hub = Hub()
     for stream, session in ((1, "a"), (2, "a"), (3, "b")):

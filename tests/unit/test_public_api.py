@@ -54,7 +54,5 @@ def test_all_errors_are_listed() -> None:
 
 def test_importing_it_loads_neither_migrations_nor_the_command_line() -> None:
     code = f"import sys, mcp_pg_events; print(*(name for name in {HEAVY} if name in sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
