@@ -53,6 +53,12 @@ class Entry:
         self.final = final
         self.done = done
 
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+            # A caller that was cancelled never looks; that must not be reported as an error nobody retrieved.
+            self.done.exception()
+
 
 class Refused(Exception):
     """The fence let nothing through: somebody ended streams of this worker, or the worker."""

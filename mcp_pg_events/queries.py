@@ -3,6 +3,8 @@
 `Queries("mcp_events").append` is bytes, ready for psycopg, with the schema's name quoted in. Names of parameters are
 the same everywhere: `me` is this worker's number, `epoch` its fence, `session`, `server` and `owner` say who asks for
 what, `bound` is the lower bound on `created_at` that keeps a read off the partitions that it does not need.
+
+It is long, and stays in one piece: whoever changes the locks of one statement has to see those of the others.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ on their way out and lose it on their way in, since every worker's dispatcher co
 
 from __future__ import annotations
 
-import contextvars
 import hashlib
 import itertools
 import json
@@ -44,6 +43,7 @@ from starlette.requests import Request
 from .backend import EventLog, SessionRecord, Stream
 from .errors import AppendRefused, Error
 from .hub import Hub
+from .inlet import Inlet
 
 __all__ = ["REQUEST_CANCELLED", "Session", "parse_wire_id", "request_key"]
 
@@ -112,7 +112,7 @@ class Session:
         self._worker = worker
         self._json_response = json_response
         self._on_over = on_over
-        self._inlet = _Inlet()
+        self._inlet = Inlet()
         self._calls: dict[RequestId, _Call] = {}
         self._over = False
         self._catching_up = anyio.Lock()
@@ -398,44 +398,3 @@ def _encode(message: JSONRPCMessage) -> bytes:
         return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
     except (pydantic_core.PydanticSerializationError, UnicodeEncodeError) as error:
         raise ValueError(str(error).removeprefix("Error serializing to JSON: ")) from None
-
-
-class _Inlet:
-    """The dispatcher's read stream: never full, and each message comes with its sender's context variables."""
-
-    def __init__(self) -> None:
-        self._send, self._receive = anyio.create_memory_object_stream[tuple[contextvars.Context, SessionMessage]](
-            float("inf")
-        )
-        self.last_context: contextvars.Context | None = None
-
-    def put(self, message: SessionMessage) -> None:
-        try:
-            self._send.send_nowait((contextvars.copy_context(), message))
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            logger.debug("Dropped a message: the session's loop has ended")
-
-    async def receive(self) -> SessionMessage | Exception:
-        self.last_context, message = await self._receive.receive()
-        return message
-
-    async def aclose(self) -> None:
-        self._send.close()
-        self._receive.close()
-
-    def __aiter__(self) -> _Inlet:
-        return self
-
-    async def __anext__(self) -> SessionMessage | Exception:
-        try:
-            return await self.receive()
-        except anyio.EndOfStream:
-            raise StopAsyncIteration from None
-
-    async def __aenter__(self) -> _Inlet:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()

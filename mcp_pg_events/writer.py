@@ -115,7 +115,7 @@ class Writer:
                 await asyncio.gather(self._task, return_exceptions=True)
         self._fail_all(StoreClosed())
         for entry in self._taken:
-            _fail(entry, StoreClosed())
+            entry.fail(StoreClosed())
         await self._appends.close()
 
     def sessions(self) -> set[str]:
@@ -208,7 +208,7 @@ class Writer:
     def _fail_taken(self, error: Error) -> None:
         for entry in self._taken:
             if not entry.done.done():
-                _fail(entry, error)
+                entry.fail(error)
                 if not entry.stream.shared:
                     self._break(entry.stream.number)
 
@@ -229,7 +229,7 @@ class Writer:
             if not entry.stream.shared:
                 own.append(entry)
             elif entry.stream.number in finals:
-                _fail(entry, AppendRefused(_ENDED))
+                entry.fail(AppendRefused(_ENDED))
             else:
                 shared.append(entry)
                 if entry.final:
@@ -293,14 +293,14 @@ class Writer:
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 2 or 0.05)
         for entry in batch:
-            _fail(entry, self._lost or StoreClosed())
+            entry.fail(self._lost or StoreClosed())
 
     def _acknowledge(self, batch: Sequence[Entry], stored_at: datetime) -> None:
         streams = set()
         for entry in batch:
             if entry.seq == 0:
                 entry.stream.closed = True
-                _fail(entry, AppendRefused(_ENDED))
+                entry.fail(AppendRefused(_ENDED))
                 continue
             streams.add(entry.stream.number)
             entry.stream.stored = entry.seq
@@ -351,7 +351,7 @@ class Writer:
             return
         entry = batch[0]
         logger.error("An event of stream %d could not be stored: %s", entry.stream.number, translate(error))
-        _fail(entry, AppendRefused(f"The event was not stored: {translate(error)}"))
+        entry.fail(AppendRefused(f"The event was not stored: {translate(error)}"))
         if not entry.stream.shared:
             self._break(entry.stream.number)
 
@@ -390,7 +390,7 @@ class Writer:
         self._lost = error
         self.stalled_since = None
         while self._queue:
-            _fail(self._queue.popleft(), error)
+            self._queue.popleft().fail(error)
         self._pending_bytes = 0
         self._room.set()
         for number in list(self._open):
@@ -403,12 +403,5 @@ def _still_open(batch: list[Entry]) -> list[Entry]:
     if len(left) < len(batch):
         for entry in batch:
             if entry.stream.ended:
-                _fail(entry, AppendRefused(_ENDED))
+                entry.fail(AppendRefused(_ENDED))
     return left
-
-
-def _fail(entry: Entry, error: Exception) -> None:
-    if not entry.done.done():
-        entry.done.set_exception(error)
-        # A caller that was cancelled never looks; that must not be reported as an error nobody retrieved.
-        entry.done.exception()
