@@ -134,6 +134,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._subscriptions: dict[int, Subscription] = {}
+        self._of_session: dict[str, set[int]] = {}
         self._draining = False
 
     def __len__(self) -> int:
@@ -150,6 +151,7 @@ class Hub:
         if other is not None:
             other.end("superseded")
         self._subscriptions[stream] = subscription
+        self._of_session.setdefault(session_id, set()).add(stream)
         if self._draining:
             subscription.drain()
         return subscription
@@ -157,6 +159,10 @@ class Hub:
     def unsubscribe(self, subscription: Subscription) -> None:
         if self._subscriptions.get(subscription.stream) is subscription:
             del self._subscriptions[subscription.stream]
+            streams = self._of_session[subscription.session_id]
+            streams.discard(subscription.stream)
+            if not streams:
+                del self._of_session[subscription.session_id]
 
     def publish(self, stream: int, event: Event) -> None:
         if (subscription := self._subscriptions.get(stream)) is not None:
@@ -186,9 +192,8 @@ class Hub:
 
     def end_session(self, session_id: str) -> None:
         """A session ended: its readers get what is in the log (the finals), and then their end."""
-        for subscription in self._subscriptions.values():
-            if subscription.session_id == session_id:
-                subscription.fall_behind()
+        for stream in self._of_session.get(session_id, ()):
+            self._subscriptions[stream].fall_behind()
 
     def drain(self) -> None:
         """End every response that can be resumed, also those to come."""
@@ -198,4 +203,4 @@ class Hub:
 
     def sessions(self) -> set[str]:
         """The sessions that somebody reads here."""
-        return {subscription.session_id for subscription in self._subscriptions.values()}
+        return set(self._of_session)

@@ -45,6 +45,7 @@ SUBSCRIPTIONS: Final = 1000
 URI_LENGTH: Final = 4096
 """How many subscriptions, and of what length, a session has remembered for it; each restoring replays them all."""
 
+_RENEWING: Final = "This worker was declared dead and takes a new number; send the request again"
 _BIGINT: Final = 2**63
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -239,7 +240,7 @@ class Log:
     ) -> Stream:
         if worker != self._identity.number or self._writer.lost:
             # Declared dead since, so that another worker ends this stream, or has.
-            raise DatabaseUnavailable("This worker has just lost its number; send the request again")
+            raise DatabaseUnavailable(_RENEWING)
         stream = Stream(number, session_id, created_at, request_key)
         self._writer.opened(stream, epoch)
         return stream
@@ -277,19 +278,23 @@ class Log:
             raise CursorRejected("unknown")
         position: int = max(cursor, floor) if after is None else after
         bound -= MARGIN
+        me = self._identity.number
         rows = await self._database.fetch(
             self._queries.attach,
             {
                 "stream": number,
                 "after": position,
                 "bound": bound,
-                "me": self._identity.number,
+                "me": me,
                 "prefix": self._prefix,
                 "given": after is not None,
             },
             patience=patience,
             prepare=False,
         )
+        if me != self._identity.number or self._writer.lost:
+            # Its wake-ups would go to a channel that nobody hears any more.
+            raise DatabaseUnavailable(_RENEWING)
         if not rows:
             raise CursorRejected("unknown")
         generation, final_seq, floor, given_at, _ = rows[0]
