@@ -195,6 +195,12 @@ class Hub:
         for stream in self._of_session.get(session_id, ()):
             self._subscriptions[stream].fall_behind()
 
+    def send_away(self) -> None:
+        """This worker takes a new number: who can come back is to attach under it. The others wait for their finals."""
+        for subscription in list(self._subscriptions.values()):
+            if subscription.resumable:
+                subscription.end("ended")
+
     def drain(self) -> None:
         """End every response that can be resumed, also those to come."""
         self._draining = True

@@ -249,7 +249,11 @@ _statement(
     "lock_workers",
     # FOR UPDATE waits for the append that is under way, whose statement holds FOR KEY SHARE; the epoch, which the
     # append's own condition names, then refuses the appends that were waiting here and have an older snapshot.
-    "SELECT number FROM {s}.workers WHERE number = ANY(%(workers)b::bigint[]) ORDER BY number FOR UPDATE",
+    # While it holds them, those workers store nothing: should this one freeze before its commit, the server undoes all.
+    """
+    SELECT number, set_config('idle_in_transaction_session_timeout', '2s', true)
+      FROM (SELECT number FROM {s}.workers WHERE number = ANY(%(workers)b::bigint[]) ORDER BY number FOR UPDATE) locked
+    """,
 )
 _statement(
     "fence_workers",

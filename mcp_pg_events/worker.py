@@ -280,6 +280,7 @@ class Worker:
     def _lost(self, error: Error) -> None:
         """This worker was declared dead, or gave its calls up. It goes on as another one."""
         logger.error("Worker %d lost its calls: %s", self.identity.number, error)
+        self.hub.send_away()
         for app in self.apps:
             app.end_all()
         if self._renewal is None or self._renewal.done():

@@ -56,7 +56,8 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
 )
 
-ids = st.integers(-3, 3) | st.sampled_from(["1", "w1.1.1", f"w{2**63}.1.1", "", "\0"]) | values
+made_up = st.builds(lambda worker, part: f"w{worker}.{part}.1", st.integers(0, 3) | st.just(2**63), st.integers(0, 3))
+ids = st.integers(-3, 3) | st.sampled_from(["1", "", "\0"]) | made_up | values
 tools = st.sampled_from(
     ["echo", "count", "log", "announce", "payload", "whoami", "close_stream", "close_standalone", "ask", "nope"]
 )
@@ -139,8 +140,8 @@ notices = st.builds(
 )
 bodies = st.one_of(
     requests_of_tools.map(written),
-    answers.map(written),
-    notices.map(written),
+    (answers | notices).map(written),
+    (answers | notices | requests_of_tools).map(written),
     messages.map(written),
     st.lists(messages, max_size=3).map(written),
     values.map(written),
@@ -174,10 +175,10 @@ headers = st.fixed_dictionaries(
         "X-Odd": latin,
     },
 )
-verbs = st.sampled_from(["POST"] * 12 + ["GET"] * 4 + ["DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "TRACE"])
-sessions = st.sampled_from(["own"] * 8 + ["other"] * 3 + ["deleted", "unknown"]) | latin | st.none()
+# Most requests get as far as a session that is there.
+verbs = st.sampled_from(["POST"] * 20 + ["GET"] * 4 + ["DELETE", "PUT", "HEAD", "OPTIONS", "PATCH", "TRACE"])
+sessions = st.one_of(*[st.sampled_from(["own", "own", "own", "other", "deleted", "unknown"])] * 3, latin, st.none())
 cursors = st.sampled_from(["own", "other", "1-1", "0-0", f"{2**63}-1", "-"]) | latin | st.none()
-# Half of the requests have nothing odd but their bodies, or they would seldom get that far.
 made = st.builds(
     Made, verbs, st.just({}) | headers, bodies | st.none(), sessions, st.none() | cursors, st.integers(0, 1)
 )

@@ -49,20 +49,22 @@ async def test_a_restart_in_mid_call_loses_and_doubles_nothing(
     workers = await workers_on(server.dsn)
     session = await Session.initialize(workers[0].url)
     await warm(workers, session)
+    # With nobody at work the pools are full of dead connections afterwards. That is no client's affair.
+    await server.restart(mode)
+    for worker in workers.members:
+        answers = await asyncio.gather(*(initialize(worker.url) for _ in range(4)))
+        assert [answer.status for answer in answers] == [200] * 4
     calls = [await Counting.start(session, base_url=workers[n % 2].url) for n in range(6)]
     elsewhere = await Counting.start(session)
     await elsewhere.resumed(await session.get(elsewhere.cut(), base_url=workers[1].url))
     await server.restart(mode)
-    # The pools' dead connections are nobody's affair: each request is served at the first attempt.
     for worker in workers.members:
-        answers = await asyncio.gather(*(initialize(worker.url) for _ in range(4)))
-        assert [answer.status for answer in answers] == [200] * 4
         await assert_serving(session, worker.url)
     for call in (*calls, elsewhere):
         await call.finished()
     await assert_sound(server)
     for worker in workers.members:
-        assert len(complaints(worker)) <= 12, "\n".join(complaints(worker))
+        assert len(complaints(worker)) <= 20, "\n".join(complaints(worker))
 
 
 async def test_half_a_minute_without_a_database(start_server: StartServer, workers_on: WorkersOn) -> None:
@@ -112,6 +114,8 @@ async def test_half_a_minute_without_a_database(start_server: StartServer, worke
             refusals += 8
         await deleting
         after = [resident_bytes(worker.pid) for worker in workers.members]
+        # 270 MB were to be sent meanwhile. What is kept is what each sender waits with.
+        assert max(now - then for now, then in zip(after, before, strict=True)) < 40 * MEGABYTE, (before, after)
         await asyncio.sleep(stopped + 30 - time.monotonic())
         assert returning is not None and not returning.done()
         await server.start()
@@ -130,8 +134,6 @@ async def test_half_a_minute_without_a_database(start_server: StartServer, worke
         await assert_serving(session, worker.url)
         said = complaints(worker)
         assert len(said) <= 12, f"{refusals} requests were refused, and this is what the log says:\n" + "\n".join(said)
-    # 280 MB were to be sent meanwhile. What is kept is what each sender waits with.
-    assert max(now - then for now, then in zip(after, before, strict=True)) < 40 * MEGABYTE, (before, after)
     await assert_sound(server)
 
 

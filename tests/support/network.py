@@ -20,8 +20,9 @@ from tests.support.tools import allow_skip, require_tool
 
 
 class Network:
-    """A bridge on this machine, and a namespace that hangs on it.
+    """This machine and a namespace, with a switch between them that is a namespace too.
 
+    The switch has no address, so that nothing which arrives at an unplugged port can reach this machine by another way.
     The addresses are of 198.18.0.0/15, which is set aside for tests (RFC 2544) and routed nowhere.
     """
 
@@ -32,8 +33,7 @@ class Network:
         """This machine's address."""
         self.guest = f"{subnet}.2"
         """The namespace's."""
-        self._namespace, self._bridge = f"guest-{name}", f"br{name}"
-        self._near, self._far = f"near{name}", f"far{name}"
+        self._namespace, self._switch, self._cable = f"guest-{name}", f"switch-{name}", f"near{name}"
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -42,40 +42,40 @@ class Network:
 
     def __enter__(self) -> Self:
         try:
-            self._run("netns", "add", self._namespace)
+            self._run(f"netns add {self._namespace}")
+            self._run(f"netns add {self._switch}")
+            self._run(f"-n {self._switch} link add bridge type bridge")
+            self._run(f"-n {self._switch} link set bridge up")
+            self._run(f"link add {self._cable} type veth peer name one netns {self._switch}")
+            self._run(f"-n {self._namespace} link add far type veth peer name two netns {self._switch}")
+            for port in ("one", "two"):
+                self._run(f"-n {self._switch} link set {port} master bridge up")
+            self._run(f"addr add {self.host}/24 dev {self._cable}")
+            self._run(f"link set {self._cable} up")
+            self._run(f"-n {self._namespace} addr add {self.guest}/24 dev far")
+            self._run(f"-n {self._namespace} link set far up")
+            self._run(f"-n {self._namespace} link set lo up")
         except subprocess.CalledProcessError as error:
+            self._remove()
             allow_skip(f"Network namespaces cannot be made here: {error.stderr.strip()}")
-        try:
-            self._run("link", "add", self._bridge, "type", "bridge")
-            self._run("addr", "add", f"{self.host}/24", "dev", self._bridge)
-            self._run("link", "set", self._bridge, "up")
-            self._run("link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self._namespace)
-            self._run("link", "set", self._near, "master", self._bridge, "up")
-            self._run("-n", self._namespace, "addr", "add", f"{self.guest}/24", "dev", self._far)
-            self._run("-n", self._namespace, "link", "set", self._far, "up")
-            self._run("-n", self._namespace, "link", "set", "lo", "up")
-        except subprocess.CalledProcessError as error:
-            self.__exit__(None, None, None)
-            allow_skip(f"Network devices cannot be made here: {error.stderr.strip()}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for words in (
-            ("link", "del", self._near),
-            ("link", "del", self._bridge),
-            ("netns", "del", self._namespace),
-        ):
-            subprocess.run([self._ip, *words], capture_output=True, check=False)
+        self._remove()
+
+    def _remove(self) -> None:
+        for words in (f"link del {self._cable}", f"netns del {self._namespace}", f"netns del {self._switch}"):
+            subprocess.run([self._ip, *words.split()], capture_output=True, check=False)
 
     def cut(self) -> None:
-        """Pull the cable out of the switch: the devices stay up, so that neither side is told."""
-        self._run("link", "set", self._near, "nomaster")
+        """Pull the namespace's cable out of the switch. Its device stays up, so that neither side is told."""
+        self._run(f"-n {self._switch} link set two nomaster")
 
     def restore(self) -> None:
         """Put it back."""
-        self._run("link", "set", self._near, "master", self._bridge)
+        self._run(f"-n {self._switch} link set two master bridge")
 
-    def _run(self, *words: str) -> None:
-        subprocess.run([self._ip, *words], capture_output=True, text=True, check=True)
+    def _run(self, words: str) -> None:
+        subprocess.run([self._ip, *words.split()], capture_output=True, text=True, check=True)
