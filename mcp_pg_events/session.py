@@ -7,6 +7,7 @@ on their way out and lose it on their way in, since every worker's dispatcher co
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import itertools
 import json
@@ -118,6 +119,7 @@ class Session:
         self._catching_up = anyio.Lock()
         self._replays = itertools.count()
         self._told = 0
+        self._last: tuple[contextvars.Context, Request] | None = None
         self._told_level: str | None = None
         self._told_subscriptions: dict[str, None] = {}
         self._scope = anyio.CancelScope()
@@ -166,26 +168,39 @@ class Session:
                 record.initialize, by_name=False
             )
             self.connection.protocol_version = record.protocol_version
-            await self._replay(record, request)
+            await self._replay(record, *last)
 
-    async def _replay(self, record: SessionRecord, request: Request | None) -> None:
+    async def _replay(self, record: SessionRecord, context: contextvars.Context, request: Request) -> None:
         known, wanted = self._told_subscriptions, dict.fromkeys(record.subscriptions)
-        replayed: list[tuple[str, dict[str, Any]]] = []
+        replayed: list[tuple[str, str]] = []
         if record.log_level is not None and record.log_level != self._told_level:
-            replayed.append(("logging/setLevel", {"level": record.log_level}))
-        replayed += [("resources/unsubscribe", {"uri": uri}) for uri in known if uri not in wanted]
-        replayed += [("resources/subscribe", {"uri": uri}) for uri in wanted if uri not in known]
-        self._told_level, self._told_subscriptions = record.log_level, wanted
+            replayed.append(("logging/setLevel", record.log_level))
+        replayed += [("resources/unsubscribe", uri) for uri in known if uri not in wanted]
+        replayed += [("resources/subscribe", uri) for uri in wanted if uri not in known]
         calls = []
-        for method, params in replayed:
+        for method, value in replayed:
             request_id = f"mcp_pg_events.replay-{next(self._replays)}"
-            message = JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=params)
-            calls.append(_Call(message, None))
-            self._calls[message.id] = calls[-1]
-            self._feed(message, ServerMessageMetadata(request_context=request, can_send_request=False))
+            params = {"level" if method == "logging/setLevel" else "uri": value}
+            call = _Call(JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=params), None)
+            calls.append((method, value, call))
+            self._calls[request_id] = call
+            metadata = ServerMessageMetadata(request_context=request, can_send_request=False)
+            context.copy().run(self._feed, call.request, metadata)
         with anyio.move_on_after(RESTORE_TIMEOUT):
-            for call in calls:
+            for _, _, call in calls:
                 await call.answered.wait()
+        for method, value, call in calls:
+            if call.kept and isinstance(call.kept[-1], JSONRPCResponse):
+                self._note_told(method, value)
+
+    def _note_told(self, method: str, value: str) -> None:
+        match method:
+            case "logging/setLevel":
+                self._told_level = value
+            case "resources/subscribe":
+                self._told_subscriptions = self._told_subscriptions | {value: None}
+            case "resources/unsubscribe":
+                self._told_subscriptions = {uri: None for uri in self._told_subscriptions if uri != value}
 
     def behind(self, told: int) -> bool:
         """Whether the client has told other workers something that this object does not know."""
@@ -195,6 +210,7 @@ class Session:
 
     async def initialize(self, message: JSONRPCRequest, request: Request) -> list[JSONRPCMessage]:
         """Run a session's first request. What it answered (the last one) and sent before, none of it stored yet."""
+        self._last = _remember(request)
         call = self._calls[coerce_request_id(message.id)] = _Call(message, None)
         self._feed(message, self._metadata(request, call))
         await call.answered.wait()
@@ -202,6 +218,7 @@ class Session:
 
     def start(self, message: JSONRPCRequest, stream: Stream, request: Request) -> None:
         """Run a request whose stream is open. It goes on whatever becomes of the HTTP request."""
+        self._last = _remember(request)
         call = self._calls[coerce_request_id(message.id)] = _Call(message, stream)
         stream.on_ended = lambda: self._cancel(call)
         self._feed(message, self._metadata(request, call))
@@ -344,13 +361,13 @@ class Session:
                     version = str(response.result["protocolVersion"])
                     told = await self._log.renew_session(self.session_id, json.dumps(params), version)
                 case "logging/setLevel":
-                    self._told_level = str(params.get("level"))
-                    told = await self._log.record_log_level(self.session_id, self._told_level)
+                    self._note_told(request.method, level := str(params.get("level")))
+                    told = await self._log.record_log_level(self.session_id, level)
                 case "resources/subscribe":
-                    self._told_subscriptions[uri := str(params.get("uri"))] = None
+                    self._note_told(request.method, uri := str(params.get("uri")))
                     told = await self._log.record_subscription(self.session_id, uri, True)
                 case "resources/unsubscribe":
-                    self._told_subscriptions.pop(uri := str(params.get("uri")), None)
+                    self._note_told(request.method, uri := str(params.get("uri")))
                     told = await self._log.record_subscription(self.session_id, uri, False)
             if told == self._told + 1:
                 self._told = told
@@ -386,6 +403,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _remember(request: Request) -> tuple[contextvars.Context, Request]:
+    """Who asks, without what was asked: its body may be large."""
+    return contextvars.copy_context(), Request(request.scope)
 
 
 def _encode(message: JSONRPCMessage) -> bytes:

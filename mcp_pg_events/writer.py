@@ -127,7 +127,8 @@ class Writer:
         self._open[stream.number] = stream
         self._running[stream.session_id, stream.request_key] = stream.number
         # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
-        self._unsure |= epoch < self._identity.epoch
+        if epoch < self._identity.epoch:
+            self.look_for_ended()
 
     def _closed(self, number: int) -> Stream | None:
         self._closing.set()

@@ -14,7 +14,7 @@ from tests.benchmarks import charts
 from tests.benchmarks.environment import ROOT, Bench, bench
 from tests.benchmarks.figures import Report
 
-NAMES = ("storing", "latency")
+NAMES = ("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup")
 DOCS = ROOT / "docs" / "benchmarks"
 
 
@@ -72,8 +72,8 @@ def write_docs(facts: dict[str, Any], rounds: int, reports: list[Report]) -> Non
         "",
         f"`python -m tests.benchmarks --docs` made this page: {describe(facts)}",
         "",
-        f"Medians of {rounds} rounds, in which the subjects alternate; least and greatest in brackets. Ratios are taken "
-        "round by round. Figures drift from machine to machine, ratios less so.",
+        f"Medians of {rounds} round{'s' * (rounds != 1)}, in which the subjects alternate; least and greatest in "
+        "brackets. Ratios are taken round by round. Figures drift from machine to machine, ratios less so.",
     ]
     for report in reports:
         lines += ["", f"## {report.title}", "", *report.lines()]

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ class Bench:
     template: str
     rounds: int
     short: bool = False
+    server_pid: int | None = None
+    """The PostgreSQL of this run, where it was started here."""
 
     @contextlib.contextmanager
     def database(self) -> Iterator[str]:
@@ -49,6 +52,14 @@ class Bench:
             yield dsn
         finally:
             drop_database(self.admin_dsn, dsn)
+
+    def database_cpu(self) -> float:
+        """Seconds of processor time that PostgreSQL has used; 0 where it was not started here."""
+        if self.server_pid is None:
+            return 0.0
+        return cpu_seconds(self.server_pid, ended_children=True) + sum(
+            cpu_seconds(pid) for pid in _children(self.server_pid)
+        )
 
     def describe(self) -> dict[str, Any]:
         """Machine, versions, settings."""
@@ -69,7 +80,7 @@ class Bench:
 @contextlib.contextmanager
 def bench(rounds: int, short: bool = False) -> Iterator[Bench]:
     """A run with a PostgreSQL of its own, from the places that `tests/support/postgres.py` names."""
-    with _postgres() as admin_dsn:
+    with _postgres() as (admin_dsn, server_pid):
         with psycopg.connect(admin_dsn) as connection:
             for setting in ("fsync", "synchronous_commit"):
                 row = connection.execute(f"SHOW {setting}").fetchone()  # type: ignore[arg-type]
@@ -79,15 +90,15 @@ def bench(rounds: int, short: bool = False) -> Iterator[Bench]:
         template = create_database(admin_dsn)
         upgrade(template)
         try:
-            yield Bench(admin_dsn, template, rounds, short)
+            yield Bench(admin_dsn, template, rounds, short, server_pid)
         finally:
             drop_database(admin_dsn, template)
 
 
 @contextlib.contextmanager
-def _postgres() -> Iterator[str]:
+def _postgres() -> Iterator[tuple[str, int | None]]:
     if dsn := os.environ.get(support.DSN):
-        yield dsn
+        yield dsn, None
         return
     binaries = os.environ.get(support.BINARIES)
     bin_dir = Path(binaries) if binaries else support._embedded_binaries()
@@ -122,7 +133,7 @@ def _postgres() -> Iterator[str]:
             parts = {"user": "postgres", "password": support.PASSWORD, "dbname": "postgres"}
             dsn = make_conninfo(host="127.0.0.1", port=port, **parts)
             support._wait_until_it_answers(dsn, server, home / "log")
-            yield dsn_url(dsn)
+            yield dsn_url(dsn), server.pid
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
@@ -158,18 +169,39 @@ class Worker:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def peak(self) -> int:
+        """The most bytes of memory that the process has held since `forget_peak`."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
     def cpu(self) -> float:
         """Seconds of processor time that the process has used."""
         return cpu_seconds(self.process.pid)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Seconds of processor time that a process has used; 0 when it is gone."""
+def cpu_seconds(pid: int, ended_children: bool = False) -> float:
+    """Seconds of processor time that a process has used, with its ended children if wanted; 0 when it is gone."""
+    fields = _stat(pid)
+    used = fields[11:15] if ended_children else fields[11:13]
+    return sum(int(field) for field in used) / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> Iterator[int]:
+    for directory in Path("/proc").glob("[0-9]*"):
+        fields = _stat(int(directory.name))
+        if fields and int(fields[1]) == pid:
+            yield int(directory.name)
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc_pid_stat(5) says after the process's name; nothing when it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return []
 
 
 @contextlib.contextmanager
@@ -207,8 +239,6 @@ def _spawn(subject: str, dsn: str, directory: Path, number: int) -> Worker:
 
 def wait_ready(worker: Worker, timeout: float = 30.0) -> None:
     """Return when the worker accepts connections."""
-    import socket
-
     deadline = time.monotonic() + timeout
     port = int(worker.url.rpartition(":")[2])
     while True:

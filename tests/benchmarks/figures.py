@@ -14,6 +14,7 @@ from typing import Any, Literal
 OURS = "mcp_pg_events"
 PERSIST = "mcp-persist, PostgreSQL"
 PERSIST_SQLITE = "mcp-persist, SQLite"
+FASTMCP = "FastMCP's event store, memory"
 BARE = "SDK, no event store"
 MEMORY = "SDK, events in memory"
 
@@ -118,15 +119,18 @@ class Report:
         for r in self.ratios:
             target = f"{r.relation} {short(r.target)} {r.unit}"
             verdict = "met" if r.met else "**missed**"
-            yield f"| {r.label} | {short(r.value)} {r.unit} | {short(r.low)} to {short(r.high)} | {target} | {verdict} |"
+            measured = f"{short(r.value)} {r.unit} | {short(r.low)} to {short(r.high)}"
+            yield f"| {r.label} | {measured} | {target} | {verdict} |"
         for note in self.notes:
             yield from ("", note)
 
 
 def title(metric: str) -> str:
-    """`p50_ms` → `p50, ms`."""
+    """`p50_ms` → `p50, ms`; `rate_per_s` → `rate, /s`."""
     name, _, unit = metric.rpartition("_")
-    return f"{name.replace('_', ' ')}, {unit.replace('per', '/')}" if name else unit
+    if name.endswith("_per"):
+        name, unit = name.removesuffix("_per"), f"/{unit}"
+    return f"{name.replace('_', ' ')}, {unit.replace('percent', '%')}" if name else unit
 
 
 def short(value: float) -> str:

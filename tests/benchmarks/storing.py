@@ -2,13 +2,15 @@
 
 A caller has a stream of its own and stores the next event when the last is stored. Ours is measured twice: the way a
 `durable` app stores what a call sends, and through `for_session`, the SDK's `EventStore` interface, which the peers
-have. mcp-persist's `BatchingEventStore` is left out: it acknowledges before the commit. The yardstick at 500 callers
-is one COPY of such rows into the same table, which acknowledges nothing until its end.
+have. mcp-persist's `BatchingEventStore` is left out: it acknowledges before the commit. The SDK's in-memory pattern and
+FastMCP's event store (on its default, memory) keep nothing, and stand for what an event costs without a disk. The
+yardstick at 500 callers is one COPY of such rows into the same table, which acknowledges nothing until its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import time
@@ -16,13 +18,15 @@ from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 import psycopg
+from mcp.server.streamable_http import EventStore
 from mcp_persist import PostgresEventStore
 from mcp_types import JSONRPCMessage, JSONRPCNotification
 
 from mcp_pg_events import PostgresStore
 from mcp_pg_events.backend import SessionKey
+from tests.benchmarks.apps import MemoryEventStore
 from tests.benchmarks.environment import Bench
-from tests.benchmarks.figures import OURS, PERSIST, Chart, Report, percentile, rotated
+from tests.benchmarks.figures import FASTMCP, MEMORY, OURS, PERSIST, Chart, Report, percentile, rotated
 
 TITLE = "Storing events"
 FOR_SESSION = f"{OURS}, for_session"
@@ -68,17 +72,24 @@ async def _run(bench: Bench, report: Report, dsn: str) -> None:
             FOR_SESSION: lambda callers: _for_session(store),
             PERSIST: lambda callers: _peer(peer),
         }
+        if not bench.short:
+            subjects[MEMORY] = lambda callers: _peer(MemoryEventStore())
+            with contextlib.suppress(ImportError):
+                from fastmcp.server.event_store import EventStore as FastMCPEventStore
+
+                subjects[FASTMCP] = lambda callers: _peer(FastMCPEventStore())
         for turn in range(bench.rounds):
             for callers in counts:
                 for subject in rotated(list(subjects), turn):
                     case = f"{callers} caller{'s' * (callers > 1)}"
-                    rate, taken = await drive(await subjects[subject](callers), callers, seconds)
+                    rate, taken, used = await drive(await subjects[subject](callers), callers, seconds)
                     report.add(
                         case,
                         subject,
                         rate_per_s=rate,
                         p50_ms=percentile(taken, 0.5) * 1e3,
                         p99_ms=percentile(taken, 0.99) * 1e3,
+                        cpu_us=used * 1e6,
                     )
             if not bench.short:
                 report.add("500 callers", COPY, rate_per_s=await asyncio.to_thread(_copy, dsn, turn))
@@ -109,17 +120,18 @@ async def _for_session(store: PostgresStore) -> Store:
     return lambda caller, event: events.store_event(str(caller), event)
 
 
-async def _peer(peer: PostgresEventStore) -> Store:
+async def _peer(peer: EventStore) -> Store:
     prefix = uuid4().hex
     return lambda caller, event: peer.store_event(f"{prefix}-{caller}", event)
 
 
-async def drive(store: Store, callers: int, seconds: float) -> tuple[float, list[float]]:
-    """Events per second, and the seconds that each took, after a short warm-up."""
+async def drive(store: Store, callers: int, seconds: float) -> tuple[float, list[float], float]:
+    """Events per second, the seconds that each took, and this process's processor time for one, after a warm-up."""
     clock = time.perf_counter
     await asyncio.gather(*(store(caller, message(caller, 0)) for caller in range(callers)))
     gc.collect()
     taken: list[float] = []
+    used = time.process_time()
     start = clock()
     end = start + seconds
 
@@ -131,7 +143,7 @@ async def drive(store: Store, callers: int, seconds: float) -> tuple[float, list
             taken.append(clock() - begun)
 
     await asyncio.gather(*(call(caller) for caller in range(callers)))
-    return len(taken) / (clock() - start), taken
+    return len(taken) / (clock() - start), taken, (time.process_time() - used) / len(taken)
 
 
 def _copy(dsn: str, turn: int, rows: int = 100_000) -> float:

@@ -21,6 +21,7 @@ from tests.benchmarks.figures import PERSIST, PERSIST_SQLITE
 VERSION = "2025-11-25"
 END = b"0\r\n\r\n"
 TIMEOUT = 60.0
+LENGTH = re.compile(rb"^content-length: (\d+)\r\n", re.MULTILINE | re.IGNORECASE)
 EVENT_ID = re.compile(rb"^id: (\S+)\r?\n", re.MULTILINE)
 MOMENT = re.compile(rb'"message":"(\d+)"')
 
@@ -65,6 +66,15 @@ class Stream:
             raise RuntimeError(bytes(self.data).decode(errors="replace"))
         return head
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last chunk is there, or as much as the head announced."""
+        end = self.data.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        length = LENGTH.search(self.data, 0, end + 2)
+        return len(self.data) >= end + 4 + int(length[1]) if length else self.data.endswith(END)
+
     def moments(self) -> list[int]:
         """The moments of emission in what came since the last time."""
         found = [match for match in MOMENT.finditer(self.data, self.scanned)]
@@ -78,9 +88,10 @@ class Stream:
         return str(self.until(EVENT_ID.search)[1], "latin-1")
 
     def finish(self) -> bytes:
-        """Read to the last chunk, and everything that came."""
+        """Read to the end of the response, and everything that came."""
         self.head()
-        self.until(lambda data: data.endswith(END))
+        while not self.ended:
+            self.receive()
         self.close()
         return bytes(self.data)
 
@@ -147,7 +158,7 @@ def read_all(streams: Iterable[Stream], on_piece: Callable[[Stream, int], None] 
     with selectors.DefaultSelector() as selector:
         waiting = 0
         for stream in streams:
-            if stream.data.endswith(END):
+            if stream.ended:
                 stream.close()
                 continue
             selector.register(stream.sock, selectors.EVENT_READ, stream)
@@ -161,7 +172,7 @@ def read_all(streams: Iterable[Stream], on_piece: Callable[[Stream, int], None] 
                 stream.receive()
                 if on_piece is not None:
                     on_piece(stream, time.monotonic_ns())
-                if stream.data.endswith(END):
+                if stream.ended:
                     selector.unregister(stream.sock)
                     stream.close()
                     waiting -= 1
