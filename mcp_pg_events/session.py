@@ -159,7 +159,14 @@ class Session:
 
     async def catch_up(self, record: SessionRecord, request: Request | None) -> None:
         """Let the handlers here know what the client has told the session on other workers: log level, subscriptions
-        and their ends, a second `initialize`. The handlers' answers are dropped."""
+        and their ends, a second `initialize`. Their answers are dropped, and what they refuse is not noted as told.
+
+        They run as in `request`; without one as in the last that its client sent here, which tells them who asks.
+        """
+        if request is not None:
+            self._last = _remember(request)
+        if (last := self._last) is None:
+            return
         async with self._catching_up:
             if record.told < self._told:
                 return

@@ -27,7 +27,7 @@ ACCEPT = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version
 
 ABANDONED = 10_000
 OPENED = int(os.environ.get("HOSTILE_SESSIONS") or 600)
-"""How many of the abandoned sessions a worker has met. With all ten thousand the figures are the same (by hand)."""
+"""How many of the abandoned sessions a worker has met."""
 
 PER_SESSION = 64 * 1024
 """What a session may take of a worker's memory, in bytes: measured are 27 kB where it began, 24 kB where it was
