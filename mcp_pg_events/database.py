@@ -31,6 +31,8 @@ Connection = AsyncConnection[TupleRow]
 T = TypeVar("T")
 
 POOL_NAME: Final = "mcp_pg_events"
+QUEUE_PATIENCE: Final = 15.0
+"""How long (seconds) a request waits for a connection while the database answers others."""
 
 # With a query or a NOTIFY in flight, keepalives alone left a dead peer's locks held past 45 s; with the user time-out
 # it took 9 s (measured). Both are libpq parameters and yield to what the DSN says.
@@ -206,6 +208,7 @@ class Database:
             await _prepare(connection, first)
 
         _quieten_pool()
+        self._answered = float("-inf")
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             normalise_dsn(dsn),
             min_size=1,
@@ -266,19 +269,27 @@ class Database:
 
     async def _run(self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool]) -> T:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
+        began = loop.time()
+        deadline = began + patience
         pause = 0.0
         while True:
             try:
                 async with self._pool.connection(timeout=max(0.1, deadline - loop.time())) as connection:
                     with Limit(connection, max(0.1, deadline - loop.time())):
                         try:
-                            return await work(connection)
+                            result = await work(connection)
+                            self._answered = loop.time()
+                            return result
                         except errors.ReadOnlySqlTransaction:
                             # What this connection leads to takes no writes; the next one may lead elsewhere.
                             await connection.close()
                             raise
-            except (psycopg.Error, PoolTimeout, OSError) as error:
+            except PoolTimeout as error:
+                # The database answers others: this is no outage but a queue.
+                if loop.time() - self._answered > 1.0 or loop.time() - began > QUEUE_PATIENCE:
+                    raise translate(error) from error
+                deadline = loop.time() + patience
+            except (psycopg.Error, OSError) as error:
                 if not is_outage(error) or loop.time() + pause >= deadline:
                     raise translate(error) from error
                 if not again() and not isinstance(error, _UNDONE):
