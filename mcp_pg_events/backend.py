@@ -1,6 +1,8 @@
-"""What the session side (`http`, `session`, `reader`) needs of a log, in types that know no database.
+"""What the session side (`http`, `session`, `reader`) needs of a log, in types that know no database; and what `http`
+needs of those who run a session's requests.
 
-`log.py` has the implementation over PostgreSQL; another one could stand in its place.
+`log.py` has the log over PostgreSQL; another one could stand in its place. `sessions.py` runs requests in the SDK's
+dispatcher, `proxy/` in programs that cannot be changed.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
+
+from mcp_types import JSONRPCMessage, JSONRPCRequest
+from starlette.requests import Request
 
 __all__ = [
     "App",
@@ -20,6 +25,8 @@ __all__ = [
     "OpenedSession",
     "Page",
     "RequestInFlight",
+    "Runner",
+    "Runners",
     "SessionKey",
     "SessionLimit",
     "SessionRecord",
@@ -33,7 +40,7 @@ class SessionUnknown(Exception):
 
 
 class SessionLimit(Exception):
-    """As many sessions are open as the server allows."""
+    """As many sessions are open as the server allows; the text says how many."""
 
 
 class RequestInFlight(Exception):
@@ -119,10 +126,13 @@ class SessionRecord:
 class App:
     """What an app's sessions do with what other workers send."""
 
-    receive: Callable[[str, str], bool]
+    receive: Callable[[str, str, Stream | None], bool]
+    """Session, message, and the stream of a request: another worker opened it, and its events are appended here."""
     session_ended: Callable[[str], None]
     session_changed: Callable[[str], None]
     end_all: Callable[[], None]
+    drain: Callable[[], None] = lambda: None
+    """This worker is on its way out; calls may still finish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +151,8 @@ class Call:
     protocol_version: str
     told: int
     record: SessionRecord | None
+    elsewhere: bool = False
+    """Another worker runs it, and is told: its events come as they do to any reader that attached late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +181,10 @@ class EventLog(Protocol):
         request_id: str,
         request_key: str,
         limit: int | None,
+        bound: bool = False,
     ) -> OpenedSession:
-        """Record a session. Raises `SessionLimit` when the server has `limit` live ones."""
+        """Record a session; `bound` to this worker, it ends with it. Raises `SessionLimit` when the server has `limit`
+        live ones."""
         ...
 
     async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> int: ...
@@ -233,4 +247,41 @@ class EventLog(Protocol):
 
     async def end_session(self, key: SessionKey, reason: str) -> None:
         """End a session everywhere. Raises `SessionUnknown`."""
+        ...
+
+
+class Runner(Protocol):
+    """One session that is about to begin here."""
+
+    standalone: Stream | None
+
+    async def initialize(self, message: JSONRPCRequest, body: bytes, request: Request) -> list[JSONRPCMessage]:
+        """Run the session's first request: what was sent before its answer, and the answer. Empty: it was cut short."""
+        ...
+
+
+class Runners(Protocol):
+    """The sessions of one endpoint on this worker. `body` is the message as its client wrote it."""
+
+    bound: bool
+    """Whether a session lives on one worker, and ends with it."""
+
+    def open(self, key: SessionKey) -> Runner:
+        """A new session. Raises `SessionLimit`."""
+        ...
+
+    async def open_stream(self, key: SessionKey, message: JSONRPCRequest, body: bytes) -> Call:
+        """See `EventLog.open_stream`."""
+        ...
+
+    async def start(self, key: SessionKey, call: Call, message: JSONRPCRequest, body: bytes, request: Request) -> None:
+        """Run a request whose stream is open. It goes on whatever becomes of the HTTP request."""
+        ...
+
+    async def route(self, key: SessionKey, message: JSONRPCMessage, body: bytes, request: Request) -> None:
+        """Bring a message that is no request to where it concerns something. Raises `SessionUnknown`."""
+        ...
+
+    def session_ended(self, session_id: str) -> None:
+        """A session ended, here or elsewhere."""
         ...

@@ -37,6 +37,7 @@ _MESSAGES: Final = {
     "not_stored": "A message of this request could not be stored",
     "data_lost": "The server's database lost a part of this response",
     "outage": "The server lost its database before this request completed",
+    "process_lost": "The server's process ended before this request completed",
 }
 
 
@@ -104,7 +105,8 @@ class Finisher:
             await connection.execute(self._queries.end_session, parameters)
             cursor = await connection.execute(self._queries.open_streams, {"session": session_id})
             streams = await cursor.fetchall()
-            finished = await self._finish(connection, streams, "session_ended")
+            reason = parameters["reason"]
+            finished = await self._finish(connection, streams, reason if reason in _MESSAGES else "session_ended")
             cursor = await connection.execute(self._queries.close_standalone, {"session": session_id})
             return finished | {number for (number,) in await cursor.fetchall()}
 
@@ -144,6 +146,7 @@ class Finisher:
         self, number: int, reason: str, check: Callable[[Connection], Awaitable[bool]], patience: float
     ) -> bool:
         async def end(connection: Connection) -> set[int] | None:
+            await connection.execute(self._queries.lock_bound_sessions, {"worker": number})
             await connection.execute(self._queries.lock_workers, {"workers": Int8Array([number])})
             if not await check(connection):
                 return None
@@ -152,16 +155,19 @@ class Finisher:
                 return None
             cursor = await connection.execute(self._queries.worker_streams, {"worker": number})
             finished = await self._finish(connection, await cursor.fetchall(), reason)
+            cursor = await connection.execute(self._queries.end_bound_sessions, {"worker": number, "reason": reason})
+            closed.update([number for (number,) in await cursor.fetchall()])
             await connection.execute(self._queries.forget_readers, {"worker": number})
             await connection.execute(self._queries.forget_letters, {"worker": number})
             return finished
 
+        closed: set[int] = set()
         finished = await self._database.transaction(end, patience=patience)
         if finished is None:
             return False
         level = logging.INFO if reason == "shutdown" else logging.WARNING
         logger.log(level, "Worker %d is gone (%s); %d running calls ended with it", number, reason, len(finished))
-        self._announce(finished)
+        self._announce(finished | closed)
         return True
 
     async def suspects(self, unresponsive: float) -> list[Suspect]:

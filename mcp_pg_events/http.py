@@ -1,7 +1,7 @@
 """POST, GET and DELETE of the handshake era (specification, 2025-11-25, "Streamable HTTP"): status codes and headers.
 
 A request that reaches `HTTPEndpoint` has passed the app's own authentication. What it means is decided here; what it
-does is next: `sessions.py` for messages, `reader.py` for streams.
+does is next: `sessions.py` for messages (or `proxy/`, where another program answers them), `reader.py` for streams.
 """
 
 from __future__ import annotations
@@ -39,12 +39,21 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import sse
-from .backend import Attachment, CursorRejected, RequestInFlight, SessionKey, SessionLimit, SessionUnknown, Stream
+from .backend import (
+    Attachment,
+    Call,
+    CursorRejected,
+    RequestInFlight,
+    Runners,
+    SessionKey,
+    SessionLimit,
+    SessionUnknown,
+    Stream,
+)
 from .errors import DatabaseRefused, DatabaseUnavailable, Error
 from .hub import Subscription
 from .reader import ReaderOptions, SSEReader, read_final
-from .session import RESUMABLE_SINCE, Session, request_key
-from .sessions import Sessions
+from .session import RESUMABLE_SINCE, request_key
 
 if TYPE_CHECKING:
     from .store import PostgresStore
@@ -85,7 +94,7 @@ class _Answer(Exception):
 class HTTPEndpoint:
     """The ASGI app that serves handshake-era requests of one MCP endpoint."""
 
-    def __init__(self, store: PostgresStore, sessions: Sessions, options: EndpointOptions) -> None:
+    def __init__(self, store: PostgresStore, sessions: Runners, options: EndpointOptions) -> None:
         self._store = store
         self._log = store.log
         self._hub = store.hub
@@ -141,78 +150,68 @@ class HTTPEndpoint:
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and len(body) > INITIALIZE_BYTES:
             raise _Answer(_error(413, "Request body too large", INVALID_REQUEST))
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
-            await self._open_session(message, request, receive, send)
+            await self._open_session(message, body, request, receive, send)
             return
         key = self._session_key(request)
         if not isinstance(message, JSONRPCRequest):
-            await self._log.find_session(key)
-            await self._sessions.route(key, message, body.decode(), request)
+            await self._sessions.route(key, message, body, request)
             raise _Answer(Response(status_code=202, headers={SESSION_ID: key.session_id}))
         # From the stream's opening to its dispatch nothing may come between: an open stream that nobody works on would
         # leave its client waiting. Both are bounded.
         with anyio.CancelScope(shield=True):
-            session, stream, subscription = await self._start(key, message, request)
-        await self._respond(session, stream, subscription, receive, send)
+            call, subscription = await self._start(key, message, body, request)
+        await self._respond(call.stream, call.protocol_version, subscription, receive, send)
 
     async def _start(
-        self, key: SessionKey, message: JSONRPCRequest, request: Request
-    ) -> tuple[Session, Stream, Subscription]:
-        # Only a look: to wait for a session that is being restored would tell a stranger of it.
-        restore = not self._sessions.has(key.session_id)
+        self, key: SessionKey, message: JSONRPCRequest, body: bytes, request: Request
+    ) -> tuple[Call, Subscription]:
         try:
-            call = await self._log.open_stream(
-                key,
-                request_id=json.dumps(message.id),
-                request_key=request_key(message.id),
-                method=message.method,
-                restore=restore,
-            )
+            call = await self._sessions.open_stream(key, message, body)
         except RequestInFlight:
             raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
         subscription = self._hub.subscribe(
             call.stream.number, key.session_id, 1, resumable=self._primes(call.protocol_version)
         )
+        if call.elsewhere:
+            subscription.fall_behind()
         try:
-            # Asked again: a `restored` elsewhere may have come first.
-            session = await self._sessions.ready(key.session_id)
-            if session is None:
-                record = call.record or await self._log.find_session(key)
-                session = await self._sessions.restored(key.session_id, record, request)
-            elif session.behind(call.told):
-                await session.catch_up(await self._log.find_session(key), request)
-            session.start(message, call.stream, request)
+            await self._sessions.start(key, call, message, body, request)
         except BaseException:
             self._hub.unsubscribe(subscription)
             error = ErrorData(code=INTERNAL_ERROR, message="The session could not be restored on this worker")
             failure = JSONRPCError(jsonrpc="2.0", id=message.id, error=error)
             self._store.spawn(self._log.append(call.stream, _dump(failure), final=True))
             raise
-        return session, call.stream, subscription
+        return call, subscription
 
-    async def _open_session(self, message: JSONRPCRequest, request: Request, receive: Receive, send: Send) -> None:
+    async def _open_session(
+        self, message: JSONRPCRequest, body: bytes, request: Request, receive: Receive, send: Send
+    ) -> None:
         """A client's first request: its session is recorded before its id leaves the process."""
         if self._store.draining:
             raise _Answer(
                 _error(503, "The server is shutting down, try again", INTERNAL_ERROR, headers={"Retry-After": "1"})
             )
         key = self._key(request, uuid4().hex)
-        session = self._sessions.open(key.session_id)
         recorded = established = False
         try:
-            answers = await session.initialize(message, request)
+            session = self._sessions.open(key)
+            answers = await session.initialize(message, body, request)
             if not answers:
                 raise DatabaseUnavailable("This worker lost its number while the session began; send it again")
             *notices, answer = answers
             if not isinstance(answer, JSONRPCResponse):
                 raise _Answer(Response(_dump(answer), media_type="application/json"))
+            version = str(answer.result["protocolVersion"])
             with anyio.CancelScope(shield=True):
                 opened = await self._log.open_session(
                     key,
                     initialize=json.dumps(message.params or {}),
-                    protocol_version=str(answer.result["protocolVersion"]),
+                    protocol_version=version,
                     request_id=json.dumps(message.id),
                     request_key=request_key(message.id),
                     limit=self._options.max_sessions,
+                    bound=self._sessions.bound,
                 )
                 recorded = True
                 session.standalone = Stream(opened.standalone, key.session_id, shared=True)
@@ -220,8 +219,8 @@ class HTTPEndpoint:
                     await self._log.append(opened.stream, _dump(notice))
                 await self._log.append(opened.stream, _dump(answer), final=True)
                 established = True
-        except SessionLimit:
-            logger.warning("Refusing to open a new session: %s sessions are already open", self._options.max_sessions)
+        except SessionLimit as limit:
+            logger.warning("Refusing to open a new session: %s", limit)
             raise _Answer(_error(503, "Too many open sessions", INTERNAL_ERROR)) from None
         finally:
             if not established:
@@ -229,17 +228,16 @@ class HTTPEndpoint:
                 if recorded:
                     # Nobody knows its id.
                     self._store.spawn(self._log.end_session(key, "failed"))
-        version = session.connection.protocol_version
         subscription = self._hub.subscribe(opened.stream.number, key.session_id, 1, resumable=self._primes(version))
         subscription.fall_behind()
-        await self._respond(session, opened.stream, subscription, receive, send)
+        await self._respond(opened.stream, version, subscription, receive, send)
 
     async def _respond(
-        self, session: Session, stream: Stream, subscription: Subscription, receive: Receive, send: Send
+        self, stream: Stream, version: str, subscription: Subscription, receive: Receive, send: Send
     ) -> None:
         bound = self._log.bound_of(stream)
         if not self._options.json_response:
-            primes = self._primes(session.connection.protocol_version)
+            primes = self._primes(version)
             reader = SSEReader(
                 self._log, subscription, position=0, bound=bound, primes=primes, options=self._options.reader
             )
@@ -251,7 +249,7 @@ class HTTPEndpoint:
             self._hub.unsubscribe(subscription)
         if payload is None:
             raise _Answer(_error(500, "Session terminated before the request completed", INTERNAL_ERROR))
-        headers = {SESSION_ID: session.session_id}
+        headers = {SESSION_ID: stream.session_id}
         raise _Answer(Response(payload, media_type="application/json", headers=headers))
 
     def _primes(self, protocol_version: str) -> bool:

@@ -156,6 +156,10 @@ class Hub:
             subscription.drain()
         return subscription
 
+    def reads(self, stream: int) -> bool:
+        """Whether a stream has a reader here."""
+        return stream in self._subscriptions
+
     def unsubscribe(self, subscription: Subscription) -> None:
         if self._subscriptions.get(subscription.stream) is subscription:
             del self._subscriptions[subscription.stream]

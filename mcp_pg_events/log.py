@@ -6,8 +6,11 @@ Reads that touch events are never prepared: a generic plan locks and probes ever
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -37,7 +40,7 @@ from .hub import Hub
 from .queries import Queries
 from .writer import Writer
 
-__all__ = ["Log"]
+__all__ = ["Log", "asking"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class Log:
         request_id: str,
         request_key: str,
         limit: int | None,
+        bound: bool = False,
     ) -> OpenedSession:
         """Record a session, its standalone stream and the stream of its `initialize`, in one transaction.
 
@@ -92,12 +96,13 @@ class Log:
             SessionLimit: the server has `limit` live sessions.
             DatabaseUnavailable: it could not be recorded, so the session does not exist.
         """
-        parameters = _asking(key) | {
+        parameters = asking(key) | {
             "initialize": initialize,
             "protocol_version": protocol_version,
             "request_id": request_id,
             "request_key": request_key,
             "me": self._identity.number,
+            "bound": bound,
         }
 
         async def record(connection: Connection) -> TupleRow | None:
@@ -108,7 +113,7 @@ class Log:
                 )
                 row = await cursor.fetchone()
                 if row is not None and row[0] >= limit:
-                    raise SessionLimit
+                    raise SessionLimit(f"{limit} sessions are already open")
             cursor = await connection.execute(self._queries.open_session, parameters)
             return await cursor.fetchone()
 
@@ -117,7 +122,7 @@ class Log:
             raise self._gone(parameters["me"])
         standalone, number, created_at, epoch = row
         return OpenedSession(
-            standalone, self._own(parameters["me"], epoch, number, key.session_id, created_at, request_key)
+            standalone, self.own(parameters["me"], epoch, number, key.session_id, created_at, request_key)
         )
 
     async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> int:
@@ -144,7 +149,7 @@ class Log:
         Raises:
             SessionUnknown: it is none of the asker's, or none that lives.
         """
-        rows = await self._database.fetch(self._queries.find_session, _asking(key))
+        rows = await self._database.fetch(self._queries.find_session, asking(key))
         if not rows:
             raise SessionUnknown
         record = _record(rows[0])
@@ -183,7 +188,7 @@ class Log:
         Raises:
             SessionUnknown: there is none to end.
         """
-        if not await self._finisher.end_session(_asking(key) | {"reason": reason}):
+        if not await self._finisher.end_session(asking(key) | {"reason": reason}):
             raise SessionUnknown
 
     # --- streams ------------------------------------------------------------------------------------------------------
@@ -197,17 +202,12 @@ class Log:
             SessionUnknown: no such session for this asker.
             RequestInFlight: a request with this id is running in the session, on whichever worker.
         """
-        # With the owner, so that a stranger's request is in nobody's way.
-        opening = (key.session_id, key.owner, request_key)
-        if opening in self._opening:
-            raise RequestInFlight
         me = self._identity.number
         running = self._writer.running(key.session_id, request_key)
-        self._opening.add(opening)
-        try:
+        with self.opening(key, request_key):
             rows = await self._database.fetch(
                 self._queries.open_stream,
-                _asking(key)
+                asking(key)
                 | {
                     "request_id": request_id,
                     "request_key": request_key,
@@ -227,20 +227,40 @@ class Log:
                 # This worker's, it runs nothing under the id, and nobody else here opens it: the statement ran twice,
                 # since its first answer was lost.
                 number, created_at = busy, busy_created_at
-            stream = self._own(me, epoch, number, key.session_id, created_at, request_key)
-        finally:
-            self._opening.discard(opening)
+            stream = self.own(me, epoch, number, key.session_id, created_at, request_key)
         restored = _record((record[0], protocol_version, *record[1:], told)) if restore else None
         if protocol_version is None or (restore and restored is None):
             raise SessionUnknown
         return Call(stream, protocol_version, told, restored)
 
-    def _own(
+    @contextmanager
+    def opening(self, key: SessionKey, request_key: str) -> Iterator[None]:
+        """While a request's stream is being opened here. Raises `RequestInFlight` when one with its id already is."""
+        # With the owner, so that a stranger's request is in nobody's way.
+        opening = (key.session_id, key.owner, request_key)
+        if opening in self._opening:
+            raise RequestInFlight
+        self._opening.add(opening)
+        try:
+            yield
+        finally:
+            self._opening.discard(opening)
+
+    def check_identity(self, worker: int) -> None:
+        """Raise DatabaseUnavailable where `worker` is no longer this worker's number."""
+        if worker != self._identity.number or self._writer.lost:
+            raise DatabaseUnavailable(_RENEWING)
+
+    def runs(self, stream: int) -> bool:
+        """Whether the call that `stream` belongs to runs here."""
+        return self._writer.owns(stream)
+
+    def own(
         self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime, request_key: str
     ) -> Stream:
-        if worker != self._identity.number or self._writer.lost:
-            # Declared dead since, so that another worker ends this stream, or has.
-            raise DatabaseUnavailable(_RENEWING)
+        """The stream that was opened for this worker to write to. Raises DatabaseUnavailable when it was declared dead
+        since, so that another worker ends the stream, or has."""
+        self.check_identity(worker)
         stream = Stream(number, session_id, created_at, request_key)
         self._writer.opened(stream, epoch)
         return stream
@@ -256,6 +276,10 @@ class Log:
         """See `Writer.append`."""
         return await self._writer.append(stream, payload, final=final)
 
+    async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
+        """See `Writer.enqueue`."""
+        return await self._writer.enqueue(stream, payload, final=final)
+
     # --- readers ------------------------------------------------------------------------------------------------------
 
     async def attach(self, key: SessionKey, stream: int | None, after: int | None, *, patience: float) -> Attachment:
@@ -269,7 +293,7 @@ class Log:
             await self.find_session(key)
             raise CursorRejected("unknown")
         rows = await self._database.fetch(
-            self._queries.find_stream, _asking(key) | {"stream": stream, "after": after or 0}, patience=patience
+            self._queries.find_stream, asking(key) | {"stream": stream, "after": after or 0}, patience=patience
         )
         if not rows:
             raise SessionUnknown
@@ -292,9 +316,8 @@ class Log:
             patience=patience,
             prepare=False,
         )
-        if me != self._identity.number or self._writer.lost:
-            # Its wake-ups would go to a channel that nobody hears any more.
-            raise DatabaseUnavailable(_RENEWING)
+        # Its wake-ups would go to a channel that nobody hears any more.
+        self.check_identity(me)
         if not rows:
             raise CursorRejected("unknown")
         generation, final_seq, floor, given_at, _ = rows[0]
@@ -366,7 +389,8 @@ class Log:
         return len(rows)
 
 
-def _asking(key: SessionKey) -> dict[str, Any]:
+def asking(key: SessionKey) -> dict[str, Any]:
+    """Who asks for what, as the statements want it."""
     return {
         "session": key.session_id,
         "server": key.server,

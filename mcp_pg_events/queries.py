@@ -81,8 +81,10 @@ _statement(
     "WITH "
     + _OWNER
     + """, session AS (
-        INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version)
-        SELECT %(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s FROM owner
+        INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version, worker)
+        SELECT %(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s,
+               CASE WHEN %(bound)s THEN %(me)s::bigint END
+          FROM owner
     ), standalone AS (
         INSERT INTO {s}.streams (session_id) SELECT %(session)s FROM owner RETURNING number
     ), call AS (
@@ -160,6 +162,55 @@ _statement(
     """,
 )
 _statement(
+    "open_bound_stream",
+    # The same for a session that lives on one worker: that one is to run the request, so its row is locked, and where
+    # it is not the asker the request goes into its inbox in the same commit. The reader is here in any case. Letters
+    # that wait for the asker are older than the request, and have to be delivered first.
+    """
+    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    + _LIVE
+    + """ FOR KEY SHARE), touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    ), owner AS (
+        SELECT number, epoch FROM {s}.workers
+         WHERE number = (SELECT worker FROM session) AND ended_at IS NULL FOR KEY SHARE
+    ), opened AS (
+        INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
+        SELECT id, %(request_id)s, %(request_key)s, %(method)s, owner.number, %(me)s, 1 FROM session, owner
+        ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
+        RETURNING number, created_at
+    ), letter AS (
+        INSERT INTO {s}.inbox (worker, session_id, stream, payload)
+        SELECT owner.number, %(session)s, opened.number, %(payload)s FROM owner, opened WHERE owner.number <> %(me)s
+        RETURNING worker
+    )
+    SELECT owner.number, owner.epoch, opened.number, opened.created_at, session.protocol_version, session.told,
+           busy.number, busy.created_at, busy.worker, busy.reader_worker, busy.reader_generation,
+           owner.number = %(me)s AND EXISTS (
+               SELECT FROM {s}.inbox WHERE worker = %(me)s AND session_id = %(session)s),
+           (SELECT pg_notify(%(prefix)s::text || worker, 'i') FROM letter)
+      FROM session JOIN owner ON true LEFT JOIN opened ON true
+      LEFT JOIN {s}.streams busy ON opened.number IS NULL AND busy.session_id = session.id
+           AND busy.request_key = %(request_key)s AND busy.final_seq IS NULL
+    """,
+)
+_statement(
+    "session_owner",
+    # The worker that a session lives on, and whether letters of the session wait for the asker.
+    """
+    WITH session AS (SELECT * FROM {s}.sessions WHERE """
+    + _LIVE
+    + """), touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    )
+    SELECT w.number, w.number = %(me)s AND EXISTS (
+               SELECT FROM {s}.inbox WHERE worker = %(me)s AND session_id = %(session)s)
+      FROM session JOIN {s}.workers w ON w.number = session.worker AND w.ended_at IS NULL
+    """,
+)
+_statement(
     "set_log_level",
     "UPDATE {s}.sessions SET log_level = %(level)s, told = told + 1 WHERE id = %(session)s AND ended_at IS NULL "
     "RETURNING told",
@@ -221,6 +272,24 @@ _statement(
 _statement(
     "end_session",
     "UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s WHERE id = %(session)s",
+)
+_statement(
+    "lock_bound_sessions",
+    # The sessions that live on a worker and end with it. Before the worker's own row, as everywhere; those that are
+    # opened between the two locks are ended all the same.
+    "SELECT id FROM {s}.sessions WHERE worker = %(worker)s AND ended_at IS NULL ORDER BY id FOR UPDATE",
+)
+_statement(
+    "end_bound_sessions",
+    # With their standalone streams, in which nothing can follow.
+    """
+    WITH ended AS (
+        UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s
+         WHERE worker = %(worker)s AND ended_at IS NULL RETURNING id
+    )
+    UPDATE {s}.streams t SET final_seq = greatest(t.last_seq, t.floor) FROM ended
+     WHERE t.session_id = ended.id AND t.request_key IS NULL AND t.final_seq IS NULL RETURNING t.number
+    """,
 )
 _statement(
     "open_streams",
@@ -419,10 +488,15 @@ _statement(
 
 _statement(
     "find_stream",
-    # A stream by its number, or the standalone one where none is given, inside a live session of the asker's.
+    # A stream by its number, or the standalone one where none is given, inside a live session of the asker's. A session
+    # that ended with the worker it lived on tells its clients so for a minute: they may come back for their calls.
     """
     WITH session AS (SELECT * FROM {s}.sessions WHERE """
-    + _LIVE
+    + _LIVE.replace(
+        "ended_at IS NULL",
+        "(ended_at IS NULL OR worker IS NOT NULL AND %(stream)s::bigint IS NOT NULL AND ended_reason <> 'deleted' "
+        "AND ended_at > now() - interval '1 minute')",
+    )
     + """), touched AS (
         UPDATE {s}.sessions SET seen_at = now()
          WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
@@ -533,12 +607,15 @@ _statement(
 )
 _statement(
     "letters",
-    # Read first, and removed once they are delivered: the answer to one statement that did both could be lost.
+    # Read first, and removed once they are delivered: the answer to one statement that did both could be lost. A
+    # request comes with its stream, which may have ended on the way, and the epoch under which it was open.
     """
-    SELECT id, session_id, payload FROM (
-        SELECT id, session_id, payload, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS before
-          FROM (SELECT id, session_id, payload FROM {s}.inbox WHERE worker = %(me)s ORDER BY id LIMIT %(limit)s) page
-    ) letters WHERE before < %(page)s ORDER BY id
+    SELECT l.id, l.session_id, l.payload, l.stream, t.created_at, t.request_key,
+           (SELECT epoch FROM {s}.workers WHERE number = %(me)s)
+      FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS before
+              FROM (SELECT * FROM {s}.inbox WHERE worker = %(me)s ORDER BY id LIMIT %(limit)s) page) l
+      LEFT JOIN {s}.streams t ON t.number = l.stream AND t.final_seq IS NULL
+     WHERE before < %(page)s ORDER BY l.id
     """,
 )
 _statement("remove_letters", "DELETE FROM {s}.inbox WHERE worker = %(me)s AND id = ANY(%(ids)b::bigint[])")

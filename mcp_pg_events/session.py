@@ -215,7 +215,7 @@ class Session:
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
-    async def initialize(self, message: JSONRPCRequest, request: Request) -> list[JSONRPCMessage]:
+    async def initialize(self, message: JSONRPCRequest, body: bytes, request: Request) -> list[JSONRPCMessage]:
         """Run a session's first request. What it answered (the last one) and sent before, none of it stored yet."""
         self._last = _remember(request)
         call = self._calls[coerce_request_id(message.id)] = _Call(message, None)

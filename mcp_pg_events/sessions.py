@@ -7,6 +7,7 @@ stays until the session ends, since the server's own code may hold it and go on 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,12 +21,13 @@ from mcp_types import (
     JSONRPCError,
     JSONRPCMessage,
     JSONRPCNotification,
+    JSONRPCRequest,
     JSONRPCResponse,
     jsonrpc_message_adapter,
 )
 from starlette.requests import Request
 
-from .backend import App, SessionKey, SessionRecord
+from .backend import App, Call, SessionKey, SessionRecord, Stream
 from .errors import Error
 from .session import Session, parse_wire_id, request_key
 
@@ -38,7 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 class Sessions:
-    """Session objects by id, for the lifetime of the app."""
+    """Session objects by id, for the lifetime of the app: `backend.Runners` over the SDK's dispatcher."""
+
+    bound = False
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class Sessions:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Where the sessions' loops live. On the way out calls may go on until the store has drained."""
-        unregister = self._store.register(App(self.receive, self.session_ended, self.session_changed, self.end_all))
+        unregister = self._store.register(App(self._deliver, self.session_ended, self.session_changed, self.end_all))
         try:
             async with anyio.create_task_group() as group:
                 self._tasks = group
@@ -87,8 +91,11 @@ class Sessions:
         """The sessions that have an object here."""
         return set(self._sessions)
 
-    def open(self, session_id: str) -> Session:
+    def open(self, key: SessionKey) -> Session:
         """A new session object, its loop running."""
+        return self._open(key.session_id)
+
+    def _open(self, session_id: str) -> Session:
         if self._tasks is None:
             raise RuntimeError("The app's lifespan has ended")
         session = Session(
@@ -111,7 +118,7 @@ class Sessions:
         if session is None:
             ready = self._ready[session_id] = anyio.Event()
             try:
-                session = self.open(session_id)
+                session = self._open(session_id)
                 session.restore(record)
                 await session.catch_up(record, request)
             finally:
@@ -125,11 +132,35 @@ class Sessions:
             await restoring.wait()
         return self._sessions.get(session_id)
 
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def open_stream(self, key: SessionKey, message: JSONRPCRequest, body: bytes) -> Call:
+        return await self._store.log.open_stream(
+            key,
+            request_id=json.dumps(message.id),
+            request_key=request_key(message.id),
+            method=message.method,
+            # Only a look: to wait for a session that is being restored would tell a stranger of it.
+            restore=not self.has(key.session_id),
+        )
+
+    async def start(self, key: SessionKey, call: Call, message: JSONRPCRequest, body: bytes, request: Request) -> None:
+        # Asked again: a `restored` elsewhere may have come first.
+        session = await self.ready(key.session_id)
+        if session is None:
+            record = call.record or await self._store.log.find_session(key)
+            session = await self.restored(key.session_id, record, request)
+        elif session.behind(call.told):
+            await session.catch_up(await self._store.log.find_session(key), request)
+        session.start(message, call.stream, request)
+
     # --- messages that are not requests -------------------------------------------------------------------------------
 
-    async def route(self, key: SessionKey, message: JSONRPCMessage, raw: str, request: Request) -> None:
+    async def route(self, key: SessionKey, message: JSONRPCMessage, body: bytes, request: Request) -> None:
         """Bring a client's answer or notification to the worker that it concerns, before the client gets its 202."""
         log, me = self._store.log, self._store.worker_number()
+        record = await log.find_session(key)
+        raw = body.decode()
         match message:
             case JSONRPCResponse() | JSONRPCError():
                 named = parse_wire_id(message.id)
@@ -146,7 +177,6 @@ class Sessions:
                     await log.post(others, key.session_id, raw)
                 session = await self.ready(key.session_id)
                 if session is None:
-                    record = await log.find_session(key)
                     session = await self.restored(key.session_id, record, request)
                 session.deliver(message, request)
                 return
@@ -156,6 +186,10 @@ class Sessions:
             self.receive(key.session_id, message, request)
         elif not await log.post([named[0]], key.session_id, raw):
             logger.info("Session %s: an answer came after the worker that asked was gone", key.session_id)
+
+    def _deliver(self, session_id: str, message: str, stream: Stream | None) -> bool:
+        # Requests are run where they land.
+        return stream is None and self.receive(session_id, message)
 
     def receive(self, session_id: str, message: JSONRPCMessage | str, request: Request | None = None) -> bool:
         """A message for something that runs here, from this worker's client or another worker's; False if not ours."""

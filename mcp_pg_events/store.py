@@ -15,6 +15,7 @@ from mcp.server.streamable_http import EventCallback, EventStore
 from mcp_types import JSONRPCMessage
 
 from .backend import App
+from .bound import BoundSessions
 from .database import normalise_dsn
 from .errors import ConfigurationError, Error, StoreClosed
 from .event_store import SessionEventStore
@@ -155,6 +156,11 @@ class PostgresStore(EventStore):
         return self._running_worker.hub
 
     @property
+    def bound(self) -> BoundSessions:
+        """The log's part for sessions that live on one worker. Raises `StoreClosed` outside the context."""
+        return self._running_worker.bound
+
+    @property
     def draining(self) -> bool:
         """Whether this worker is on its way out, and takes no new sessions."""
         return self._drain_from is not None
@@ -214,6 +220,8 @@ class PostgresStore(EventStore):
 
     async def _drain(self, worker: Worker) -> None:
         worker.hub.drain()
+        for app in worker.apps:
+            app.drain()
         await self._finish_calls(worker, None)
 
     async def _finish_calls(self, worker: Worker, sessions: Callable[[], set[str]] | None) -> None:

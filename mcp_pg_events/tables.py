@@ -85,12 +85,16 @@ Table(
         server_default=text("'{}'::text[]"),
         comment="URIs of the live resources/subscribe.",
     ),
+    Column(
+        "worker", BigInteger, comment="The worker that the session lives on and ends with; null where any serves it."
+    ),
     _count("told", comment="How often its client has changed what the session remembers of it."),
     _moment("created_at"),
     _moment("seen_at"),
     _moment("ended_at", required=False),
     Column("ended_reason", Text),
     Index("sessions_live", "server", "seen_at", postgresql_where=text("ended_at IS NULL")),
+    Index("sessions_bound", "worker", postgresql_where=text("ended_at IS NULL AND worker IS NOT NULL")),
     comment="One row per MCP session.",
 )
 
@@ -163,6 +167,7 @@ Table(
     Column("worker", BigInteger, nullable=False, comment="The worker that the message is for."),
     Column("session_id", Text, nullable=False),
     Column("payload", Text, nullable=False),
+    Column("stream", BigInteger, comment="The stream that was opened for it, where the message is a request."),
     _moment("created_at"),
     Index("inbox_worker", "worker", "id"),
     comment="Messages from clients on their way to the worker that runs the call.",

@@ -17,12 +17,13 @@ import psycopg
 from .appends import Identity
 from .arrays import TextArray
 from .backend import App
+from .bound import BoundSessions
 from .database import Connection, Database, connect, translate
 from .errors import DatabaseUnavailable, Error, NotMigrated, SchemaTooOld, WorkerTooOld
 from .fetcher import Fetcher
 from .finish import Finisher
 from .hub import Hub
-from .inbox import Inbox
+from .inbox import CarriedStream, Inbox
 from .listener import Listener
 from .log import Log
 from .queries import Queries
@@ -103,6 +104,7 @@ class Worker:
             self.database, queries, self.identity, self.writer, self.fetcher, self.finisher, self.hub, prefix
         )
         self.inbox = Inbox(self.database, queries, self.identity, self._deliver)
+        self.bound = BoundSessions(self.database, queries, self.identity, self.log, self.hub, self.inbox, prefix)
         self.listener = Listener(
             lambda: connect(settings.listen_dsn, prepare_threshold=None),
             self.database,
@@ -258,8 +260,21 @@ class Worker:
         self.inbox.check()
         self.writer.look_for_ended()
 
-    def _deliver(self, session_id: str, payload: str) -> None:
-        if not any([app.receive(session_id, payload) for app in self.apps]):
+    def _deliver(self, session_id: str, payload: str, carried: CarriedStream | None) -> None:
+        stream = None
+        if carried is not None:
+            stream = self.log.own(
+                self.identity.number,
+                carried.epoch,
+                carried.number,
+                session_id,
+                carried.created_at,
+                carried.request_key,
+            )
+        if not any([app.receive(session_id, payload, stream) for app in self.apps]):
+            if stream is not None:
+                self.writer.ended_elsewhere(stream.number)
+                self.spawn(self._finish([stream.number], "session_ended"))
             logger.info("Session %s: a message came after what it was about had ended here", session_id)
 
     def _session_ended(self, session_id: str) -> None:

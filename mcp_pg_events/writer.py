@@ -169,6 +169,11 @@ class Writer:
             DatabaseUnavailable: the outage lasted longer than the bound.
             WorkerFenced: this worker was declared dead.
         """
+        return await (await self.enqueue(stream, payload, final=final))
+
+    async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
+        """As `append`, but returns once the event has its place, with what becomes of it: so one task may have many
+        events on their way, in its order."""
         while self._pending_bytes > PENDING_BYTES and self._lost is None:
             self._room.clear()
             await self._room.wait()
@@ -184,7 +189,7 @@ class Writer:
         self._queue.append(entry)
         self._pending_bytes += len(payload)
         self._work.set()
-        return await entry.done
+        return entry.done
 
     async def _run(self) -> None:
         while True:

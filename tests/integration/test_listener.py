@@ -136,7 +136,7 @@ async def test_a_letter_whose_announcement_is_lost_only_comes_later(
     async with running(migrated_once, 1) as (store,), behind_a_deaf_proxy(migrated_once) as (other, proxy):
         letters: list[tuple[str, str]] = []
 
-        def receive(session_id: str, payload: str) -> bool:
+        def receive(session_id: str, payload: str, stream: object) -> bool:
             letters.append((session_id, payload))
             return True
 
