@@ -250,6 +250,25 @@ class Database:
 
         return await self._run(run, patience, lambda: True)
 
+    async def fetch_once(
+        self, statement: bytes, parameters: dict[str, Any], *, patience: float = 2.0
+    ) -> list[TupleRow]:
+        """As `fetch`, for a statement that would tell something else when it ran twice: its connection is tried first.
+
+        Raises:
+            DatabaseUnavailable: there was no connection within `patience` seconds, or the statement took longer; it may
+                have been committed.
+        """
+        begun = False
+
+        async def run(connection: Connection) -> list[TupleRow]:
+            nonlocal begun
+            await connection.execute("")
+            begun = True
+            return await (await connection.execute(statement, parameters)).fetchall()
+
+        return await self._run(run, patience, lambda: not begun)
+
     async def transaction(self, work: Callable[[Connection], Awaitable[T]], *, patience: float = 2.0) -> T:
         """Do `work` in one transaction, and what it returns. It begins again only where it could not begin.
 

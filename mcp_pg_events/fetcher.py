@@ -10,6 +10,7 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Final
 
+from . import tasks
 from .appends import MARGIN
 from .arrays import Int8Array
 from .backend import Event, Page
@@ -52,9 +53,7 @@ class Fetcher:
         self._task = asyncio.create_task(self._run(), name="mcp_pg_events.fetcher")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await tasks.end(self._task)
         self._task = None
         while self._waiting:
             _fail(self._waiting.popleft().page, StoreClosed())

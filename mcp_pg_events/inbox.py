@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from . import tasks
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Database
@@ -61,9 +62,7 @@ class Inbox:
         self._task = asyncio.create_task(self._run(), name="mcp_pg_events.inbox")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await tasks.end(self._task)
 
     def check(self) -> None:
         """There may be something in it."""

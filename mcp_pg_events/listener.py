@@ -18,6 +18,7 @@ from typing import Final
 
 import psycopg
 
+from . import tasks
 from .appends import Identity
 from .database import Connection, Database, Limit, translate
 from .errors import Error, ListenUnavailable
@@ -96,9 +97,7 @@ class Listener:
     async def stop(self) -> None:
         """Stop listening and let the lock go."""
         self._stopping = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(*self._tasks)
         self._tasks = []
         await self._close()
 
@@ -201,9 +200,7 @@ class Listener:
             self._receiving.cancel()
 
     async def _close(self) -> None:
-        if self._receiving is not None and not self._receiving.done():
-            self._receiving.cancel()
-            await asyncio.gather(self._receiving, return_exceptions=True)
+        await tasks.end(self._receiving)
         self._receiving = None
         self.up_since = None
         connection, self._connection = self._connection, None

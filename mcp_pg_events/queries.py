@@ -254,106 +254,27 @@ _statement(
 
 # --- ending: DELETE, idle time-out, a dead worker's calls -------------------------------------------------------------
 
-_statement(
-    "lock_session",
-    # FOR UPDATE, which an UPDATE of these columns alone would not take: it waits for the requests that are being opened
-    # (`open_stream` holds FOR KEY SHARE), so that the next statement sees their streams.
-    "SELECT id FROM {s}.sessions WHERE " + _LIVE + " FOR UPDATE",
-)
-_statement(
-    "lock_idle_session",
-    # As above for the idle time-out, which asks no owner: the row must still be idle when it is locked.
-    """
-    SELECT id FROM {s}.sessions
-     WHERE id = %(session)s AND ended_at IS NULL AND seen_at <= now() - make_interval(secs => %(idle)s::float8)
-       FOR UPDATE
-    """,
-)
+# In `sql/finish.sql`, with the locks that they take. Each is one statement: it holds the rows of the calls' owners, who
+# store nothing meanwhile, and so may not wait for this worker's loop.
 _statement(
     "end_session",
-    "UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s WHERE id = %(session)s",
+    "SELECT {s}.end_session(%(session)s, %(server)s, %(owner)s, %(idle)s::float8, false, %(reason)s, %(error)s)",
 )
 _statement(
-    "lock_bound_sessions",
-    # The sessions that live on a worker and end with it. Before the worker's own row, as everywhere; those that are
-    # opened between the two locks are ended all the same.
-    "SELECT id FROM {s}.sessions WHERE worker = %(worker)s AND ended_at IS NULL ORDER BY id FOR UPDATE",
+    "end_idle_session",
+    "SELECT {s}.end_session(%(session)s, NULL, NULL, %(idle)s::float8, true, %(reason)s, %(error)s)",
 )
 _statement(
-    "end_bound_sessions",
-    # With their standalone streams, in which nothing can follow.
-    """
-    WITH ended AS (
-        UPDATE {s}.sessions SET ended_at = now(), ended_reason = %(reason)s
-         WHERE worker = %(worker)s AND ended_at IS NULL RETURNING id
-    )
-    UPDATE {s}.streams t SET final_seq = greatest(t.last_seq, t.floor) FROM ended
-     WHERE t.session_id = ended.id AND t.request_key IS NULL AND t.final_seq IS NULL RETURNING t.number
-    """,
+    "end_worker",
+    "SELECT * FROM {s}.end_worker(%(worker)s, %(reason)s, %(error)s, %(seen)s::timestamptz, %(locked)s::boolean)",
 )
-_statement(
-    "open_streams",
-    # Who runs and who reads what a session has open. Read after the session's row is locked.
-    """
-    SELECT number, worker, reader_worker, request_key IS NOT NULL, created_at FROM {s}.streams
-     WHERE session_id = %(session)s AND final_seq IS NULL ORDER BY number
-    """,
-)
-_statement(
-    "worker_streams",
-    """
-    SELECT number, worker, reader_worker, true, created_at FROM {s}.streams
-     WHERE worker = %(worker)s AND final_seq IS NULL ORDER BY number
-    """,
-)
+_statement("finish_calls", "SELECT {s}.finish_calls(%(streams)b::bigint[], %(error)s)")
 _statement(
     "orphans",
     # Open calls of this worker that are not quite new; of those that it does not run, nobody would ever write the end.
     """
     SELECT number FROM {s}.streams
      WHERE worker = %(me)s AND final_seq IS NULL AND created_at < now() - interval '30 seconds'
-    """,
-)
-_statement(
-    "lock_workers",
-    # FOR UPDATE waits for the append that is under way, whose statement holds FOR KEY SHARE; the epoch, which the
-    # append's own condition names, then refuses the appends that were waiting here and have an older snapshot.
-    # While it holds them, those workers store nothing: should this one freeze before its commit, the server undoes all.
-    """
-    SELECT number, set_config('idle_in_transaction_session_timeout', '2s', true)
-      FROM (SELECT number FROM {s}.workers WHERE number = ANY(%(workers)b::bigint[]) ORDER BY number FOR UPDATE) locked
-    """,
-)
-_statement(
-    "fence_workers",
-    "UPDATE {s}.workers SET epoch = epoch + 1 WHERE number = ANY(%(workers)b::bigint[])",
-)
-_statement(
-    "finish_streams",
-    # One error final for each open call of a list, after what its worker has stored. Run it with the owners locked.
-    """
-    WITH open AS (
-        SELECT number, request_id, greatest(floor, last_seq) AS floor FROM {s}.streams
-         WHERE number = ANY(%(streams)b::bigint[]) AND final_seq IS NULL AND request_key IS NOT NULL
-         ORDER BY number FOR UPDATE
-    ), last AS (
-        SELECT open.number, open.request_id,
-               greatest(open.floor, coalesce((SELECT max(seq) FROM {s}.events
-                   WHERE stream = open.number AND created_at >= %(bound)s), 0)) + 1 AS seq
-          FROM open
-    ), written AS (
-        INSERT INTO {s}.events (stream, seq, payload)
-        SELECT number, seq, '{{"jsonrpc":"2.0","id":' || request_id || ',"error":' || %(error)s || '}}' FROM last
-    )
-    UPDATE {s}.streams t SET final_seq = last.seq FROM last WHERE t.number = last.number RETURNING t.number
-    """,
-)
-_statement(
-    "close_standalone",
-    # Nothing can follow in a session that ended; the standalone stream has no response, so its end is its last number.
-    """
-    UPDATE {s}.streams SET final_seq = greatest(last_seq, floor)
-     WHERE session_id = %(session)s AND request_key IS NULL AND final_seq IS NULL RETURNING number
     """,
 )
 
@@ -619,7 +540,6 @@ _statement(
     """,
 )
 _statement("remove_letters", "DELETE FROM {s}.inbox WHERE worker = %(me)s AND id = ANY(%(ids)b::bigint[])")
-_statement("forget_letters", "DELETE FROM {s}.inbox WHERE worker = %(worker)s")
 _statement(
     "tell_others",
     "SELECT pg_notify(%(prefix)s::text || number, %(payload)s) FROM {s}.workers "
@@ -634,26 +554,11 @@ _statement(
     # Other workers that may be dead: without their lock, or without a stamp for very long. `watch.py` judges.
     """
     SELECT number, seen_at, locked FROM (
-        SELECT w.number, w.seen_at, EXISTS (
-                   SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted
-                      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                      AND l.classid::bigint = %(schema_oid)s AND l.objid::bigint = w.number %% 2147483648
-                      AND l.objsubid = 2) AS locked
+        SELECT w.number, w.seen_at, {s}.holds_lock(w.number) AS locked
           FROM {s}.workers w WHERE w.ended_at IS NULL AND w.number <> %(me)s) other
      WHERE NOT locked OR seen_at < now() - make_interval(secs => %(unresponsive)s::float8)
      ORDER BY number
     """,
-)
-_statement(
-    "end_worker",
-    """
-    UPDATE {s}.workers SET ended_at = now(), ended_reason = %(reason)s, epoch = epoch + 1
-     WHERE number = %(worker)s AND ended_at IS NULL RETURNING number
-    """,
-)
-_statement(
-    "forget_readers",
-    "UPDATE {s}.streams SET reader_worker = NULL WHERE reader_worker = %(worker)s AND final_seq IS NULL",
 )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import psycopg
 
+from . import tasks
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Connection, Limit, is_outage, translate
@@ -59,8 +60,7 @@ class Waker:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._announced.wait()
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await tasks.end(self._task)
         await self._drop_connection()
 
     def add(self, streams: set[int]) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from . import tasks
 from .appends import Identity
 from .database import Database
 from .errors import Error
@@ -64,9 +65,7 @@ class Watch:
         ]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(*self._tasks)
         self._tasks = []
 
     async def _stamp(self) -> None:
@@ -115,5 +114,5 @@ class Watch:
                 since = first if known == suspect else now
                 free[suspect.number] = suspect, since
             if suspect.locked or now - since >= GRACE:
-                await self._finisher.reap(suspect, self._unresponsive_timeout)
+                await self._finisher.reap(suspect)
         self._free = free

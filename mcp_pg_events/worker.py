@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import psycopg
 
+from . import tasks
 from .appends import Identity
 from .arrays import TextArray
 from .backend import App
@@ -66,6 +67,7 @@ class Worker:
         self._queries = Queries(settings.schema)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewal: asyncio.Task[None] | None = None
+        self._stopping = False
         self._outages_noted: dict[str, float] = {}
         self._prepare_threshold = settings.prepare_threshold
 
@@ -97,7 +99,7 @@ class Worker:
             on_broken=lambda stream, reason: self.spawn(self._finish([stream], reason)),
         )
         self.finisher = Finisher(
-            self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix, schema_oid
+            self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix
         )
         self.fetcher = Fetcher(self.database, queries)
         self.log = Log(
@@ -139,11 +141,9 @@ class Worker:
         for name in ("watch", "inbox"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
-        for task in list(self._tasks):
-            task.cancel()
-        if self._renewal is not None:
-            self._renewal.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A worker that loses its identity now takes no new one.
+        self._stopping = True
+        await tasks.end(self._renewal, *self._tasks)
         if (writer := getattr(self, "writer", None)) is not None:
             try:
                 async with asyncio.timeout(5):
@@ -298,7 +298,7 @@ class Worker:
         self.hub.send_away()
         for app in self.apps:
             app.end_all()
-        if self._renewal is None or self._renewal.done():
+        if not self._stopping and (self._renewal is None or self._renewal.done()):
             reason = "outage" if isinstance(error, DatabaseUnavailable) else "worker_lost"
             self._renewal = asyncio.create_task(self._renew(reason), name="mcp_pg_events.renew")
 

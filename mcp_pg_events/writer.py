@@ -17,6 +17,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors
 
+from . import tasks
 from .appends import Appends, Entry, Identity, Refused
 from .backend import Event, Stream
 from .database import Connection, is_outage, translate
@@ -111,8 +112,7 @@ class Writer:
                     waiting.add(self._task)
                     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=0.05)
             finally:
-                self._task.cancel()
-                await asyncio.gather(self._task, return_exceptions=True)
+                await tasks.end(self._task)
         self._fail_all(StoreClosed())
         for entry in self._taken:
             entry.fail(StoreClosed())
@@ -256,6 +256,8 @@ class Writer:
             # Also after a refusal that another batch met while this one's events were queued.
             batch = _still_open(batch)
             if not batch and not self._unsure:
+                # Nobody waits for the database any more, whatever it does: the next stall begins anew.
+                self.stalled_since = None
                 return
             stall = loop.call_later(STALL, self._note_stall, "it does not answer")
             try:

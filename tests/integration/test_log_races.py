@@ -284,4 +284,4 @@ async def test_a_worker_that_lives_is_not_reaped(migrated: str) -> None:
         finisher, number = parts(watcher).finisher, other.worker_number()
         assert await finisher.suspects(60) == []
         ((seen_at,),) = query(migrated, "SELECT seen_at FROM workers WHERE number = %s", number)
-        assert not await finisher.reap(Suspect(number, seen_at, False), 60)
+        assert not await finisher.reap(Suspect(number, seen_at, False))

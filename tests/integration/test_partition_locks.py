@@ -185,4 +185,4 @@ async def test_ending_calls_for_their_worker_locks_the_partitions_of_the_present
             key, _ = await open_session(store)
             await store.log.append(await open_call(store, key), NOTE)
             await other.log.end_session(key, "deleted")
-    assert_few(locked, finish_streams=READ, lock_workers=0, open_streams=0)
+    assert_few(locked, end_session=READ)

@@ -352,3 +352,28 @@ async def test_an_outage_longer_than_its_bound_ends_the_calls_and_the_worker_goe
     assert_streams_are_whole(migrated_once)
     assert "password" not in caplog.text
     assert "Traceback" not in caplog.text
+
+
+async def test_an_outage_counts_from_its_own_beginning_also_when_nobody_waited_for_the_end_of_the_last(
+    migrated_once: str,
+) -> None:
+    async with behind_a_proxy(migrated_once, outage_timeout=1) as (store, proxy):
+        writer = parts(store).writer
+        _, given_up = await a_stream(store, "own")
+        _, stream = await a_stream(store, "own")
+        await proxy.refuse()
+        waiting = asyncio.create_task(store.log.append(given_up, NOTE))
+        await until(lambda: writer.stalled_since is not None)
+        began = writer.stalled_since
+        assert began is not None
+        # Its session is deleted, say, or the drain's time is up.
+        writer.ended_elsewhere(given_up.number)
+        with pytest.raises(AppendRefused):
+            await waiting
+        await proxy.restore()
+        await asyncio.sleep(began + 1 - asyncio.get_running_loop().time())
+        await proxy.refuse()
+        waiting = asyncio.create_task(store.log.append(stream, NOTE))
+        await until(lambda: (writer.stalled_since or began) > began)
+        await proxy.restore()
+        assert await waiting == 1

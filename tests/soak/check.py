@@ -187,11 +187,21 @@ def _deserved(stage: Stage, pid: int, started: datetime, ended: datetime | None,
             fault.kind == "SIGKILL"
             # Frozen: for too long, or while PostgreSQL had ended the connection that shows its life.
             or (fault.kind.startswith("SIGSTOP") and fault.began - EVER < ended < (fault.ended or now()) + EVER)
+            or (fault.kind == "SIGTERM" and _went_without_a_database(stage, fault))
             for fault in mine
         )
     if reason == "outage":
         return any("longer than" in fault.kind for fault in stage.faults)
     return reason == "shutdown"
+
+
+def _went_without_a_database(stage: Stage, fault: Fault) -> bool:
+    """Whether a process that drained ended while PostgreSQL was away, so that it could not say so."""
+    end = (fault.ended or now()) + EVER
+    return any(
+        away.kind.startswith("PostgreSQL") and away.began - EVER < end and fault.began < (away.ended or now()) + EVER
+        for away in stage.faults
+    )
 
 
 def _complaints(output: str) -> list[str]:
