@@ -227,6 +227,10 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(timeout=2)
 
+    def answered_within(self, seconds: float) -> bool:
+        """Whether any statement has succeeded during the last `seconds`."""
+        return asyncio.get_running_loop().time() - self._answered <= seconds
+
     async def fetch(
         self,
         statement: bytes | LiteralString,
@@ -288,12 +292,18 @@ class Database:
 
     async def _run(self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool]) -> T:
         loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
         began = loop.time()
         deadline = began + patience
         pause = 0.0
         while True:
             try:
                 async with self._pool.connection(timeout=max(0.1, deadline - loop.time())) as connection:
+                    if task.cancelling() > cancellations:
+                        # While it waited, and the pool had a connection for it: it swallows that.
+                        raise asyncio.CancelledError
                     with Limit(connection, max(0.1, deadline - loop.time())):
                         try:
                             result = await work(connection)
@@ -309,6 +319,9 @@ class Database:
                     raise translate(error) from error
                 deadline = loop.time() + patience
             except (psycopg.Error, OSError) as error:
+                if task.cancelling() > cancellations:
+                    # A statement that failed while the driver was cancelling it: its error came in the place of ours.
+                    raise asyncio.CancelledError from error
                 if not is_outage(error) or loop.time() + pause >= deadline:
                     raise translate(error) from error
                 if not again() and not isinstance(error, _UNDONE):
