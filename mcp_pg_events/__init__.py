@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
+    from .health import Health, health_routes
     from .store import PostgresStore
     from .takeover import durable
 
-__all__ = ["PostgresStore", "durable", "errors"]
+__all__ = ["Health", "PostgresStore", "durable", "errors", "health_routes"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first asked for: the command line has no use for the SDK, whose import takes a second.
-    modules = {"durable": "takeover", "PostgresStore": "store"}
+    modules = {"durable": "takeover", "PostgresStore": "store", "Health": "health", "health_routes": "health"}
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f".{modules[name]}", __name__), name)

@@ -133,6 +133,8 @@ class App:
     end_all: Callable[[], None]
     drain: Callable[[], None] = lambda: None
     """This worker is on its way out; calls may still finish."""
+    sessions: Callable[[], int] = lambda: 0
+    """How many sessions have an object here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,11 @@ _statement(
 _statement("ensure_partitions", "SELECT {s}.ensure_partitions(%(ahead)s)")
 _statement("lock_worker", "SELECT " + _LOCK.format(number="%(me)s::bigint"))
 _statement("note_timeline", "SELECT {s}.note_timeline()")
+_statement(
+    "takes_writes",
+    # Off on a standby, and where a limit on writes is set.
+    "SELECT current_setting('transaction_read_only') = 'off'",
+)
 _statement("ping", "SELECT pg_notify(%(channel)s, %(payload)s)")
 
 # --- sessions -------------------------------------------------------------------------------------------------------

@@ -67,7 +67,15 @@ class Sessions:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Where the sessions' loops live. On the way out calls may go on until the store has drained."""
-        unregister = self._store.register(App(self._deliver, self.session_ended, self.session_changed, self.end_all))
+        unregister = self._store.register(
+            App(
+                self._deliver,
+                self.session_ended,
+                self.session_changed,
+                self.end_all,
+                sessions=lambda: len(self),
+            )
+        )
         try:
             async with anyio.create_task_group() as group:
                 self._tasks = group

@@ -19,6 +19,7 @@ from .bound import BoundSessions
 from .database import normalise_dsn
 from .errors import ConfigurationError, Error, StoreClosed
 from .event_store import SessionEventStore
+from .health import Health
 from .hub import Hub
 from .log import Log
 from .schema import quote_schema
@@ -142,6 +143,15 @@ class PostgresStore(EventStore):
     def outage_timeout(self) -> float:
         """How long calls and resuming clients wait for a database that is away, in seconds."""
         return self._settings.outage_timeout
+
+    async def health(self, *, timeout: float = 1.0) -> Health:
+        """How this worker is, for a probe or a metric. Never raises, and takes no longer than `timeout` seconds.
+
+        The database is asked with one short statement, at most twice a second however often this is called.
+        """
+        if self._worker is None:
+            return Health(None, False, False, self.draining, False, 0.0, 0, 0, 0)
+        return await self._worker.health(timeout, draining=self.draining)
 
     # --- what the session side uses -----------------------------------------------------------------------------------
 

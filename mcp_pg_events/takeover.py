@@ -27,7 +27,7 @@ from .sessions import Sessions
 from .signals import drain_on_sigterm
 from .store import PostgresStore, StoreOptions
 
-__all__ = ["durable", "is_durable"]
+__all__ = ["durable", "is_durable", "store_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +106,17 @@ def durable(
 
 def is_durable(app: object) -> bool:
     """Whether `durable` was called with this app; False also for what has no endpoint."""
+    return store_of(app) is not None
+
+
+def store_of(app: object) -> PostgresStore | None:
+    """The store of an app that is durable."""
     try:
         _, endpoint = _find_endpoint(app)
     except ConfigurationError:
-        return False
-    return isinstance(endpoint, _Front) or isinstance(getattr(endpoint.session_manager, "asgi_app", None), _Gate)
+        return None
+    gate = endpoint.gate if isinstance(endpoint, _Front) else getattr(endpoint.session_manager, "asgi_app", None)
+    return gate.store if isinstance(gate, _Gate) else None
 
 
 def _find_endpoint(app: object) -> tuple[Any, Any]:
@@ -148,8 +154,9 @@ def _refuse_unsuitable(manager: StreamableHTTPSessionManager) -> None:
 class _Gate:
     """In the session manager's place: handshake-era requests to the durable endpoint, all others to the SDK."""
 
-    def __init__(self, modern: ASGIApp) -> None:
+    def __init__(self, modern: ASGIApp, store: PostgresStore) -> None:
         self._modern = modern
+        self.store = store
         self.endpoint: ASGIApp | None = None
         self._explained = False
 
@@ -173,14 +180,14 @@ class _Front:
 
     def __init__(self, endpoint: Any, gate: _Gate) -> None:
         self._endpoint = endpoint
-        self._gate = gate
+        self.gate = gate
 
     @property
     def session_manager(self) -> Any:
         return self._endpoint.session_manager
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._gate(scope, receive, send)
+        await self.gate(scope, receive, send)
 
 
 async def _not_started(scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,7 +197,7 @@ async def _not_started(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _wrap_manager(manager: StreamableHTTPSessionManager, store: PostgresStore, options: _Options) -> None:
     """The SDK's own apps: the manager exists, and its `run()` is what every lifespan enters, also a mounted app's."""
-    gate = _Gate(manager.asgi_app)
+    gate = _Gate(manager.asgi_app, store)
     original: Callable[[], AbstractAsyncContextManager[None]] = manager.run
 
     @asynccontextmanager
@@ -204,7 +211,7 @@ def _wrap_manager(manager: StreamableHTTPSessionManager, store: PostgresStore, o
 
 def _wrap_lifespan(app: Starlette, holder: Any, endpoint: Any, store: PostgresStore, options: _Options) -> None:
     """FastMCP's apps: the session manager is made in the lifespan."""
-    gate = _Gate(endpoint)
+    gate = _Gate(endpoint, store)
     holder.app = _Front(endpoint, gate)
     original = app.router.lifespan_context
 

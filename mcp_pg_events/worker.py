@@ -23,6 +23,7 @@ from .database import Connection, Database, connect, translate
 from .errors import DatabaseUnavailable, Error, NotMigrated, SchemaTooOld, WorkerTooOld
 from .fetcher import Fetcher
 from .finish import Finisher
+from .health import Health, Probe
 from .hub import Hub
 from .inbox import CarriedStream, Inbox
 from .listener import Listener
@@ -85,6 +86,7 @@ class Worker:
             first=queries.note_timeline,
         )
         await self.database.open()
+        self.probe = Probe(self.database, queries)
         prefix = f"mcp_pg_events_{schema_oid}_"
         await self.database.fetch(queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD}, patience=5)
         self.waker = Waker(self._connect, queries, self.identity, prefix)
@@ -138,7 +140,7 @@ class Worker:
         logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
 
     async def stop(self) -> None:
-        for name in ("watch", "inbox"):
+        for name in ("watch", "inbox", "probe"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
         # A worker that loses its identity now takes no new one.
@@ -289,6 +291,22 @@ class Worker:
             await self.database.fetch(
                 self._queries.touch_sessions, {"sessions": TextArray(session.encode() for session in sessions)}
             )
+
+    async def health(self, timeout: float, *, draining: bool) -> Health:
+        """How this worker is; the database has `timeout` seconds to answer."""
+        database = await self.probe(timeout)
+        stalled_since = self.writer.stalled_since
+        return Health(
+            worker=self.identity.number,
+            database=database,
+            listening=self.listener.up_since is not None,
+            draining=draining,
+            renewing=self.writer.lost,
+            stalled=0.0 if stalled_since is None else asyncio.get_running_loop().time() - stalled_since,
+            calls=len(self.writer.calls()),
+            readers=len(self.hub),
+            sessions=sum(app.sessions() for app in self.apps),
+        )
 
     # --- losing the identity ------------------------------------------------------------------------------------------
 

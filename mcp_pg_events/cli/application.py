@@ -27,11 +27,22 @@ from mcp.server.mcpserver import MCPServer
 from uvicorn.config import STARTUP_FAILURE
 
 from .. import durable, errors
+from ..health import check_paths, health_routes
 from ..store import PostgresStore
-from ..takeover import is_durable
+from ..takeover import is_durable, store_of
 from .report import explain
 
-__all__ = ["Application", "Plan", "application", "find", "is_durable", "make_durable", "rehearse"]
+__all__ = [
+    "Application",
+    "Plan",
+    "application",
+    "check_health_paths",
+    "find",
+    "is_durable",
+    "make_durable",
+    "rehearse",
+    "with_health",
+]
 
 VARIABLE = "MCP_PG_EVENTS_SERVE"
 
@@ -52,6 +63,8 @@ class Plan:
     schema: str
     path: str
     host: str
+    live_path: str | None = None
+    ready_path: str | None = None
     embedded_home: str | None = None
 
     def publish(self) -> None:
@@ -66,6 +79,7 @@ def application() -> Application:
         app, _ = find(plan.target, path=plan.path, host=plan.host)
         if plan.dsn is not None:
             app = make_durable(app, plan)
+        app = with_health(app, plan)
         return app if plan.embedded_home is None else _using_embedded(app, plan.embedded_home)
     except errors.Error as error:
         # Any other way to end, and uvicorn starts the worker again, for ever.
@@ -76,6 +90,31 @@ def application() -> Application:
 def make_durable(app: Application, plan: Plan) -> Application:
     """`app`, with a store of its own."""
     return cast(Application, durable(cast(Any, app), _store(plan)))
+
+
+def check_health_paths(app: Application, live: str | None, ready: str | None) -> None:
+    """Raise `ConfigurationError` for paths that cannot work, or that the app has a route of its own for."""
+    check_paths(live, ready)
+    for path in {getattr(route, "path", None) for route in getattr(app, "routes", ())} & {live, ready} - {None}:
+        option = "--live-path" if path == live else "--ready-path"
+        raise errors.ConfigurationError(
+            f"The app has a route {path} of its own; give {option} another path, or an empty one to leave it out."
+        )
+
+
+def with_health(app: Application, plan: Plan) -> Application:
+    """`app` behind the live and the ready route: outside whatever authentication it has."""
+    store = store_of(app)
+    assert store is not None
+    routes = {route.path: route.handle for route in health_routes(store, live=plan.live_path, ready=plan.ready_path)}
+
+    async def behind(
+        scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        handle = routes.get(scope["path"]) if scope["type"] == "http" else None
+        await (app if handle is None else handle)(scope, receive, send)
+
+    return behind if routes else app
 
 
 async def rehearse(plan: Plan) -> None:

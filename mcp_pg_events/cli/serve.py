@@ -60,6 +60,13 @@ def serve(
     dsn: Dsn = None,
     schema: Schema = None,
     path: Annotated[str, typer.Option(help="The endpoint's path. An ASGI app has its own.")] = "/mcp",
+    live_path: Annotated[
+        str, typer.Option(help="Answers 200 as long as the process runs; '' leaves it out.")
+    ] = "/livez",
+    ready_path: Annotated[
+        str,
+        typer.Option(help="Answers 200, and 503 while starting, draining or without a database; '' leaves it out."),
+    ] = "/readyz",
     log_level: Annotated[LogLevel, typer.Option(help="The least severe messages to log.")] = "info",
 ) -> None:
     """Serve an MCP server whose sessions and streams outlive connections, workers and restarts.
@@ -90,12 +97,13 @@ def serve(
     # Without this a SIGTERM would end the process in the middle, and leave the embedded PostgreSQL running.
     signal.signal(signal.SIGTERM, _exit)
     # The SDK takes a second, and --help needs none of it.
-    from .application import Plan, find, is_durable, make_durable, rehearse
+    from .application import Plan, check_health_paths, find, is_durable, make_durable, rehearse, with_health
 
     settings = Settings.given(dsn=dsn, schema=schema)
     name = settings.schema_name
     with contextlib.ExitStack() as stack:
         app, shown_path = find(target, path=path, host=host)
+        check_health_paths(app, live_path or None, ready_path or None)
         listener = stack.enter_context(_listen(host, port))
         database, home = settings.database, None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
@@ -113,11 +121,20 @@ def serve(
             typer.echo(f"No DSN given: using the embedded PostgreSQL in {home}.", err=True)
         listen_dsn = settings.listen_dsn.get_secret_value() if settings.listen_dsn else None
         plan = Plan(
-            target=target, dsn=database, listen_dsn=listen_dsn, schema=name, path=path, host=host, embedded_home=home
+            target=target,
+            dsn=database,
+            listen_dsn=listen_dsn,
+            schema=name,
+            path=path,
+            host=host,
+            live_path=live_path or None,
+            ready_path=ready_path or None,
+            embedded_home=home,
         )
         if not durable_already:
             asyncio.run(rehearse(plan))
             app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
+        app = with_health(app, plan)
         plan.publish()
         count = "one worker" if workers == 1 else f"{workers} workers"
         typer.echo(f"Serving {target} with {count} at http://{_shown(listener)}{shown_path} (Ctrl-C ends it)", err=True)

