@@ -36,9 +36,10 @@ class BoundSessions:
         self._inbox = inbox
         self._prefix = prefix
 
-    async def open_stream(self, key: SessionKey, message: JSONRPCRequest, body: bytes) -> Call:
+    async def open_stream(self, key: SessionKey, message: JSONRPCRequest, body: bytes | None) -> Call:
         """Open the stream of a request, with its reader here, and send the request to the session's worker. Where that
-        is this one, everything that was sent to it before has been delivered when this returns.
+        is this one, everything that was sent to it before has been delivered when this returns, and `body` is not
+        needed.
 
         Raises:
             SessionUnknown: no such session for this asker, or its worker is gone.
@@ -55,7 +56,7 @@ class BoundSessions:
                     "request_key": request,
                     "method": message.method.replace("\0", "")[:200],
                     "me": me,
-                    "payload": body.decode(),
+                    "payload": None if body is None else body.decode(),
                     "prefix": self._prefix,
                 },
             )

@@ -28,8 +28,8 @@ from mcp_types import (
 from starlette.requests import Request
 
 from .backend import App, Call, SessionKey, SessionRecord, Stream
-from .errors import Error
 from .session import Session, parse_wire_id, request_key
+from .upkeep import keep_up
 
 if TYPE_CHECKING:
     from .store import PostgresStore
@@ -79,7 +79,7 @@ class Sessions:
         try:
             async with anyio.create_task_group() as group:
                 self._tasks = group
-                group.start_soon(self._keep_up)
+                group.start_soon(keep_up, self._store, self._name, self._idle_timeout, self.ids, self.session_ended)
                 try:
                     yield
                 finally:
@@ -243,21 +243,3 @@ class Sessions:
     def _forget(self, session: Session) -> None:
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
-
-    async def _keep_up(self) -> None:
-        """Stamp what is in use, end what is idle by the database's clock, let go of objects whose session has ended."""
-        timeout = self._idle_timeout
-        interval = min(30.0, timeout / 8) if timeout else 30.0
-        while True:
-            # Not those that come to be meanwhile: their row may not be there yet.
-            known = self.ids()
-            await anyio.sleep(interval)
-            try:
-                await self._store.touch_sessions()
-                if timeout is not None:
-                    await self._store.expire_idle(self._name, timeout)
-                # Told at once, as a rule; a worker that was deaf then finds out here.
-                for session_id in await self._store.log.gone_sessions(known & self.ids()):
-                    self.session_ended(session_id)
-            except Error as error:
-                logger.debug("Sessions were not looked after: %s", error)

@@ -25,7 +25,7 @@ from .log import Log
 from .schema import quote_schema
 from .worker import Worker, WorkerSettings
 
-__all__ = ["PostgresStore", "StoreOptions"]
+__all__ = ["PostgresStore", "StoreOptions", "as_store"]
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,21 @@ class PostgresStore(EventStore):
     async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
         """Refuse: see the class."""
         raise _misused()
+
+
+def as_store(store: PostgresStore | str, options: StoreOptions) -> PostgresStore:
+    """The store that an app was given, or one of its own for the DSN that it was given.
+
+    Raises:
+        ConfigurationError: it is neither, or `options` come with a store.
+    """
+    if isinstance(store, str):
+        return PostgresStore(store, **options)
+    if not isinstance(store, PostgresStore):
+        raise ConfigurationError("The second argument is a DSN or a PostgresStore")
+    if options:
+        raise ConfigurationError(f"Give {', '.join(options)} to the PostgresStore, since there is one already")
+    return store
 
 
 def _misused() -> ConfigurationError:

@@ -25,7 +25,7 @@ from .http import EndpointOptions, HTTPEndpoint
 from .reader import ReaderOptions
 from .sessions import Sessions
 from .signals import drain_on_sigterm
-from .store import PostgresStore, StoreOptions
+from .store import PostgresStore, StoreOptions, as_store
 
 __all__ = ["durable", "is_durable", "store_of"]
 
@@ -85,12 +85,7 @@ def durable(
             raise ConfigurationError(f"{option} has to be a positive number of seconds")
     if name is not None and (not name or "\0" in name):
         raise ConfigurationError("name has to be a string of at least one character, without NUL")
-    if isinstance(store, str):
-        store = PostgresStore(store, **store_options)
-    elif not isinstance(store, PostgresStore):
-        raise ConfigurationError("durable() takes a DSN or a PostgresStore as its second argument")
-    elif store_options:
-        raise ConfigurationError(f"Give {', '.join(store_options)} to the PostgresStore, since durable() was given one")
+    store = as_store(store, store_options)
     options = _Options(name, owner, keep_alive, poll_interval)
     holder, endpoint = _find_endpoint(app)
     manager = endpoint.session_manager

@@ -1,0 +1,1 @@
+"""The proxy: the same for servers that cannot be changed."""
