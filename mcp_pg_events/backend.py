@@ -94,6 +94,8 @@ class Event:
     payload: bytes
     final: bool
     created_at: datetime
+    since: float = 0.0
+    """When (loop time) the first of its batch was appended; what comes out of the log is compared by its clock."""
 
 
 @dataclass(frozen=True, slots=True)

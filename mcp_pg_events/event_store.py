@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
 from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCResponse, jsonrpc_message_adapter
 
-from . import sse
+from . import sse, telemetry
 from .backend import CursorRejected, SessionKey, SessionUnknown, Stream
 from .errors import ConfigurationError, Error
 from .session import request_key
@@ -66,6 +66,7 @@ class SessionEventStore(EventStore):
         """
         cursor = sse.parse_event_id(last_event_id)
         if cursor is None:
+            telemetry.resumed("malformed")
             raise Error("The event id is malformed: it is none of the ids that this store gives")
         log, hub = self._store.log, self._store.hub
         key = SessionKey(self._session_id, "", None, None)
@@ -74,8 +75,10 @@ class SessionEventStore(EventStore):
         except SessionUnknown:
             raise Error("The event id is unknown in this session") from None
         except CursorRejected as rejected:
+            telemetry.resumed(rejected.reason)
             raise Error(f"The event id is {rejected.reason} in this session") from None
         subscription = hub.subscribe(held.stream, self._session_id, held.generation)
+        replay = telemetry.Replay()
         position, bound = held.position, held.bound
         try:
             while subscription.end_reason is None:
@@ -90,11 +93,14 @@ class SessionEventStore(EventStore):
                     message = jsonrpc_message_adapter.validate_json(event.payload, by_name=False)
                     await send_callback(EventMessage(message, sse.format_event_id(held.stream, event.seq)))
                     position, bound = event.seq, log.bound_after(event)
+                replay.events += len(page.events)
                 if page.ended:
                     return None
                 if not page.more:
+                    replay.over()
                     await subscription.wait(POLL_INTERVAL)
             return None
         finally:
+            replay.over()
             hub.unsubscribe(subscription)
             self._store.spawn(log.detach(held.stream, held.generation, position))

@@ -130,11 +130,14 @@ class Fetcher:
         )
         events: dict[int, list[Event]] = {request.stream: [] for request in requests}
         facts: dict[int, tuple[int | None, int, int]] = {}
+        read_at = asyncio.get_running_loop().time()
         for stream, final_seq, generation, floor, seq, created_at, payload, now in rows:
             self._clock = now
             facts[stream] = (final_seq, generation, floor)
             if seq is not None:
-                events[stream].append(Event(seq, payload.encode(), seq == final_seq, created_at))
+                # Of the first one alone: how late its stream is.
+                since = 0.0 if events[stream] else read_at - (now - created_at).total_seconds()
+                events[stream].append(Event(seq, payload.encode(), seq == final_seq, created_at, since))
         pages: dict[int, Page] = {}
         holes: list[_Request] = []
         for request in requests:

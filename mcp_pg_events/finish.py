@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from mcp_types import CONNECTION_CLOSED
 
+from . import telemetry
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Database
@@ -102,6 +103,7 @@ class Finisher:
         [(finished,)] = await self._database.fetch_once(statement, parameters | {"error": error}, patience=PATIENCE)
         if finished is None:
             return False
+        telemetry.reaped(len(finished) - 1, "session_ended")  # one is its standalone stream
         self._on_session_ended(session_id)
         self._announce(set(finished))
         # All workers: also those that have no more of it than an object in memory.
@@ -130,9 +132,11 @@ class Finisher:
             "seen": suspect.seen_at if suspect else None,
             "locked": suspect.locked if suspect else None,
         }
-        [(calls, closed)] = await self._database.fetch_once(self._queries.end_worker, parameters, patience=patience)
+        with telemetry.span("reap"):
+            [(calls, closed)] = await self._database.fetch_once(self._queries.end_worker, parameters, patience=patience)
         if calls is None:
             return False
+        telemetry.reaped(len(calls), reason)
         level = logging.INFO if reason == "shutdown" else logging.WARNING
         logger.log(level, "Worker %d is gone (%s); %d running calls ended with it", number, reason, len(calls))
         self._announce({*calls, *(closed or ())})
@@ -150,6 +154,7 @@ class Finisher:
             {"streams": Int8Array(streams), "error": _encoded(reason)},
             patience=PATIENCE,
         )
+        telemetry.reaped(len(rows), reason)
         self._announce({number for (number,) in rows})
 
     def _announce(self, streams: set[int]) -> None:

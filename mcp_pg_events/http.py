@@ -38,7 +38,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from . import sse
+from . import sse, telemetry
 from .backend import (
     Attachment,
     Call,
@@ -147,6 +147,7 @@ class HTTPEndpoint:
             raise _Answer(_error(415, "Unsupported Media Type: Content-Type must be application/json"))
         body = await request.body()
         message = _parse(body)
+        telemetry.received(request.scope, message)
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and len(body) > INITIALIZE_BYTES:
             raise _Answer(_error(413, "Request body too large", INVALID_REQUEST))
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
@@ -268,19 +269,23 @@ class HTTPEndpoint:
             if (cursor := sse.parse_event_id(last_event_id)) is None:
                 # Whose session it is comes first, so that this tells nobody anything.
                 await self._log.find_session(key)
+                telemetry.resumed("malformed")
                 raise _Answer(_cursor_error("malformed"))
             stream, after = cursor
         try:
             attachment = await self._attach(key, stream, after, request)
         except CursorRejected as rejected:
+            telemetry.resumed(rejected.reason)
             raise _Answer(_cursor_error(rejected.reason)) from None
         if attachment.complete:
+            telemetry.resumed("complete")
             # Nothing will ever follow. 204 tells a client to stop asking (HTML standard, 9.2): the TypeScript SDK's
             # does not take an error for the end of a call, and would come back for ever.
             headers = {SESSION_ID: key.session_id, "content-type": "text/event-stream"}
             raise _Answer(Response(status_code=204, headers=headers))
         subscription = self._hub.subscribe(attachment.stream, key.session_id, attachment.generation)
         subscription.fall_behind()
+        replay = telemetry.Replay(counted=after is not None)
         reader = SSEReader(
             self._log,
             subscription,
@@ -288,8 +293,12 @@ class HTTPEndpoint:
             bound=attachment.bound,
             primes=is_version_at_least(attachment.protocol_version, RESUMABLE_SINCE),
             options=self._options.reader,
+            replay=replay,
         )
-        await self._run_reader(reader, subscription, receive, send)
+        try:
+            await self._run_reader(reader, subscription, receive, send)
+        finally:
+            replay.over()
 
     async def _attach(self, key: SessionKey, stream: int | None, after: int | None, request: Request) -> Attachment:
         """Held, rather than refused, while the database is away: the SDK's client gives up after two refusals."""

@@ -17,7 +17,7 @@ from typing import Final
 import anyio
 from starlette.types import Receive, Send
 
-from . import sse
+from . import sse, telemetry
 from .backend import Event, EventLog
 from .errors import Error
 from .hub import Subscription
@@ -55,8 +55,10 @@ class SSEReader:
         bound: datetime,
         primes: bool,
         options: ReaderOptions,
+        replay: telemetry.Replay | None = None,
     ) -> None:
         self._log = log
+        self._replay = replay
         self._subscription = subscription
         self._stream = subscription.stream
         self._primes = primes
@@ -123,6 +125,13 @@ class SSEReader:
                 self.position, self._bound = events[-1].seq, max(self._bound, self._log.bound_after(events[-1]))
                 last_sent = clock()
                 subscription.gave_id()
+                if self._replay is None:
+                    telemetry.delivered(last_sent - events[0].since)
+                else:
+                    self._replay.events += len(events)
+            if self._replay is not None and not subscription.behind:
+                self._replay.over()
+                self._replay = None
             if ended:
                 self.complete = True
                 return

@@ -14,6 +14,7 @@ from typing import Any, Self, TypedDict
 from mcp.server.streamable_http import EventCallback, EventStore
 from mcp_types import JSONRPCMessage
 
+from . import telemetry
 from .backend import App
 from .bound import BoundSessions
 from .database import normalise_dsn
@@ -229,10 +230,11 @@ class PostgresStore(EventStore):
             self._drained = asyncio.create_task(self._drain(self._running_worker), name="mcp_pg_events.drain")
 
     async def _drain(self, worker: Worker) -> None:
-        worker.hub.drain()
-        for app in worker.apps:
-            app.drain()
-        await self._finish_calls(worker, None)
+        with telemetry.span("drain"):
+            worker.hub.drain()
+            for app in worker.apps:
+                app.drain()
+            await self._finish_calls(worker, None)
 
     async def _finish_calls(self, worker: Worker, sessions: Callable[[], set[str]] | None) -> None:
         try:

@@ -26,6 +26,7 @@ from .reader import ReaderOptions
 from .sessions import Sessions
 from .signals import drain_on_sigterm
 from .store import PostgresStore, StoreOptions, as_store
+from .telemetry import Traced
 
 __all__ = ["durable", "is_durable", "store_of"]
 
@@ -260,7 +261,7 @@ async def _serving(
     )
     async with sessions.running():
         with drain_on_sigterm(store):
-            gate.endpoint = RequestBodyLimitMiddleware(endpoint, manager.max_request_body_size)
+            gate.endpoint = Traced(RequestBodyLimitMiddleware(endpoint, manager.max_request_body_size))
             try:
                 yield
             finally:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import psycopg
 
-from . import tasks
+from . import tasks, telemetry
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Connection, Limit, is_outage, translate
@@ -104,6 +104,7 @@ class Waker:
             )
             row = await cursor.fetchone()
         self.sent += row[0] if row else 0
+        telemetry.notified(row[0] if row else 0)
 
     async def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
 import psycopg
 
-from . import tasks
+from . import tasks, telemetry
 from .appends import Identity
 from .arrays import TextArray
 from .backend import App
@@ -30,6 +30,7 @@ from .listener import Listener
 from .log import Log
 from .queries import Queries
 from .schema import NEEDS, REVISION, quote_schema
+from .telemetry import Counts
 from .waker import Waker
 from .watch import Watch
 from .writer import Writer
@@ -71,6 +72,7 @@ class Worker:
         self._stopping = False
         self._outages_noted: dict[str, float] = {}
         self._prepare_threshold = settings.prepare_threshold
+        self._unobserve: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         settings, queries = self._settings, self._queries
@@ -137,9 +139,11 @@ class Worker:
         self.watch.start()
         self.spawn(self._make_partitions())
         self.spawn(self._finish_orphans())
+        self._unobserve = telemetry.observe(self.counts)
         logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
 
     async def stop(self) -> None:
+        self._unobserve()
         for name in ("watch", "inbox", "probe"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
@@ -303,10 +307,12 @@ class Worker:
             draining=draining,
             renewing=self.writer.lost,
             stalled=0.0 if stalled_since is None else asyncio.get_running_loop().time() - stalled_since,
-            calls=len(self.writer.calls()),
-            readers=len(self.hub),
-            sessions=sum(app.sessions() for app in self.apps),
+            **self.counts()._asdict(),
         )
+
+    def counts(self) -> Counts:
+        """What there is of each here; also called from another thread."""
+        return Counts(self.writer.open_calls, len(self.hub), sum(app.sessions() for app in list(self.apps)))
 
     # --- losing the identity ------------------------------------------------------------------------------------------
 

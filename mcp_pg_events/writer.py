@@ -17,7 +17,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import errors
 
-from . import tasks
+from . import tasks, telemetry
 from .appends import Appends, Entry, Identity, Refused
 from .backend import Event, Stream
 from .database import Connection, is_outage, translate
@@ -78,6 +78,7 @@ class Writer:
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
+        self._oldest = self._since = 0.0  # when (loop time) the first event of the queue, of the batch, was appended
         self._unsure = False
         self._suspicious = False
         self._lost: Error | None = StoreClosed()
@@ -137,6 +138,11 @@ class Writer:
             del self._running[stream.session_id, stream.request_key]
         return stream
 
+    @property
+    def open_calls(self) -> int:
+        """How many calls run here."""
+        return len(self._open)
+
     def calls(self, sessions: Callable[[], set[str]] | None = None) -> list[int]:
         """The streams of the calls that run here, all or those of some sessions."""
         if sessions is None:
@@ -185,7 +191,10 @@ class Writer:
         if not stream.shared:
             stream.next_seq = seq + 1
         stream.closed = final
-        entry = Entry(stream, seq, payload, final, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        entry = Entry(stream, seq, payload, final, loop.create_future())
+        if not self._queue:
+            self._oldest = loop.time()
         self._queue.append(entry)
         self._pending_bytes += len(payload)
         self._work.set()
@@ -198,6 +207,7 @@ class Writer:
             if self._unsure and not self._queue:
                 await self._flush([], self._appends.store_own)
             while self._queue:
+                self._since, self._oldest = self._oldest, asyncio.get_running_loop().time()
                 own, shared = self._take()
                 self._taken = own + shared
                 try:
@@ -305,18 +315,21 @@ class Writer:
 
     def _acknowledge(self, batch: Sequence[Entry], stored_at: datetime) -> None:
         streams = set()
+        refused = 0
         for entry in batch:
             if entry.seq == 0:
+                refused += 1
                 entry.stream.closed = True
                 entry.fail(AppendRefused(_ENDED))
                 continue
             streams.add(entry.stream.number)
             entry.stream.stored = entry.seq
-            self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at))
+            self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at, self._since))
             if entry.final:
                 self._closed(entry.stream.number)
             if not entry.done.done():
                 entry.done.set_result(entry.seq)
+        telemetry.stored(len(batch) - refused, asyncio.get_running_loop().time() - self._since)
         self._wake(streams)
 
     # --- when it does not work ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ..http import EndpointOptions, HTTPEndpoint
 from ..reader import ReaderOptions
 from ..signals import drain_on_sigterm
 from ..store import PostgresStore, StoreOptions, as_store
+from ..telemetry import Traced
 from .process import Command
 from .stdio_sessions import ProcessSessions
 
@@ -128,7 +129,7 @@ def stdio_app(
             async with sessions.running():
                 with drain_on_sigterm(store):
                     endpoint = HTTPEndpoint(store, sessions, options)
-                    gate.endpoint = RequestBodyLimitMiddleware(endpoint, max_message_size)
+                    gate.endpoint = Traced(RequestBodyLimitMiddleware(endpoint, max_message_size))
                     try:
                         yield
                     finally:

@@ -14,7 +14,7 @@ from tests.benchmarks import charts
 from tests.benchmarks.environment import ROOT, Bench, bench
 from tests.benchmarks.figures import Report
 
-NAMES = ("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup")
+NAMES = ("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup", "observing")
 DOCS = ROOT / "docs" / "benchmarks"
 
 

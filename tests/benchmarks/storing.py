@@ -68,7 +68,7 @@ async def _run(bench: Bench, report: Report, dsn: str) -> None:
     counts = (100,) if bench.short else (1, 10, 100, 500)
     async with PostgresStore(dsn) as store, PostgresEventStore.create(dsn, table_name="peer_events", ttl=3600) as peer:
         subjects: dict[str, Callable[[int], Awaitable[Store]]] = {
-            OURS: lambda callers: _own_streams(store, callers),
+            OURS: lambda callers: own_streams(store, callers),
             FOR_SESSION: lambda callers: _for_session(store),
             PERSIST: lambda callers: _peer(peer),
         }
@@ -95,7 +95,7 @@ async def _run(bench: Bench, report: Report, dsn: str) -> None:
                 report.add("500 callers", COPY, rate_per_s=await asyncio.to_thread(_copy, dsn, turn))
 
 
-async def _own_streams(store: PostgresStore, callers: int) -> Store:
+async def own_streams(store: PostgresStore, callers: int) -> Store:
     key = SessionKey(uuid4().hex, "benchmark", None, None)
     await store.log.open_session(
         key, initialize="{}", protocol_version="2025-11-25", request_id="0", request_key="i0", limit=None

@@ -24,6 +24,7 @@ from mcp_pg_events.cli import app as command_line
 from mcp_pg_events.finish import _MESSAGES, final_error
 from mcp_pg_events.store import StoreOptions
 from mcp_pg_events.tables import METADATA
+from mcp_pg_events.telemetry import INSTRUMENTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -205,6 +206,14 @@ def test_the_reference_has_the_parameters_and_defaults_that_there_are(function: 
 def test_durable_takes_the_options_of_a_store() -> None:
     parameters = inspect.signature(PostgresStore).parameters.values()
     assert set(StoreOptions.__annotations__) == {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def test_the_reference_has_every_instrument() -> None:
+    documented = [tuple(row) for row in table(section("reference/metrics.md", "Metrics"))]
+    assert documented == [
+        (f"`{each.name}`", each.kind, f"`{each.unit}`", each.description, ", ".join(f"`{a}`" for a in each.attributes))
+        for each in INSTRUMENTS
+    ]
 
 
 def test_the_reference_has_every_field_of_health() -> None:
