@@ -133,20 +133,23 @@ class Listener:
 
     async def _register(self, connection: Connection) -> None:
         self._registered = True
+        # Not cancelled in the middle: the row may be there, and this worker has to know its number to end it.
+        inserting = asyncio.create_task(self._insert(connection))
         try:
-            cursor = await connection.execute(
-                self._queries.register_worker,
-                {
-                    "oid": self._schema_oid,
-                    "host": socket.gethostname()[:255],
-                    "pid": os.getpid(),
-                    "revision": REVISION,
-                },
-            )
-            row = await cursor.fetchone()
+            await asyncio.shield(inserting)
+        except asyncio.CancelledError:
+            await asyncio.gather(inserting, return_exceptions=True)
+            raise
         except BaseException:
             self._registered = False
             raise
+
+    async def _insert(self, connection: Connection) -> None:
+        cursor = await connection.execute(
+            self._queries.register_worker,
+            {"oid": self._schema_oid, "host": socket.gethostname()[:255], "pid": os.getpid(), "revision": REVISION},
+        )
+        row = await cursor.fetchone()
         assert row is not None
         self._identity.number, self._identity.epoch = row[0], 0
 

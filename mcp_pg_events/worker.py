@@ -70,6 +70,7 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewal: asyncio.Task[None] | None = None
         self._stopping = False
+        self._given_up: dict[int, str] = {}
         self._outages_noted: dict[str, float] = {}
         self._prepare_threshold = settings.prepare_threshold
         self._unobserve: Callable[[], None] = lambda: None
@@ -156,15 +157,15 @@ class Worker:
                     await writer.stop()
             except TimeoutError:
                 logger.error("Events were still waiting for the database when the store was closed")
-        if (finisher := getattr(self, "finisher", None)) is not None:
-            try:
-                # Also the calls that nobody drained.
-                await finisher.end_worker(self.identity.number, "shutdown", patience=1)
-            except Error as error:
-                logger.debug("The worker's row was not closed: %s", error)
+        number = self.identity.number
+        # Also the calls that nobody drained.
+        await self._give_up(number, "shutdown", patience=1)
         for name in ("fetcher", "waker", "listener"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
+        if self.identity.number != number:
+            # That was on its way while this worker stopped.
+            await self._give_up(self.identity.number, "shutdown", patience=1)
         if (database := getattr(self, "database", None)) is not None:
             await database.close()
 
@@ -329,16 +330,27 @@ class Worker:
     async def _renew(self, reason: str) -> None:
         while self.writer.lost:
             old = self.identity.number
+            self._given_up.setdefault(old, reason)
             await self.listener.renew()
             self.writer.renew()
             logger.warning("Worker %d goes on as worker %d", old, self.identity.number)
             for _ in range(20):
-                try:
-                    await self.finisher.end_worker(old, reason)
+                if await self._give_up(old, reason):
                     break
-                except Error as error:
-                    logger.debug("The calls of worker %d could not be ended yet: %s", old, error)
-                    await asyncio.sleep(0.5)
+                await asyncio.sleep(0.5)
+
+    async def _give_up(self, number: int, reason: str, *, patience: float = 5.0) -> bool:
+        """End a number that was this worker's, its calls, and those that could not be ended yet; whether all were."""
+        self._given_up.setdefault(number, reason)
+        if (finisher := getattr(self, "finisher", None)) is None:
+            return True
+        try:
+            for old, why in list(self._given_up.items()):
+                await finisher.end_worker(old, why, patience=patience)
+                del self._given_up[old]
+        except Error as error:
+            logger.debug("The calls of worker %d could not be ended yet: %s", number, error)
+        return not self._given_up
 
     # --- odds and ends ------------------------------------------------------------------------------------------------
 

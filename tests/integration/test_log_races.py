@@ -285,3 +285,14 @@ async def test_a_worker_that_lives_is_not_reaped(migrated: str) -> None:
         assert await finisher.suspects(60) == []
         ((seen_at,),) = query(migrated, "SELECT seen_at FROM workers WHERE number = %s", number)
         assert not await finisher.reap(Suspect(number, seen_at, False))
+
+
+async def test_a_worker_that_stops_while_it_takes_a_new_number_leaves_none_open(migrated: str) -> None:
+    for turn in range(12):
+        async with PostgresStore(migrated) as store:
+            key, _ = await open_session(store)
+            await open_call(store, key)
+            parts(store).writer.declared_dead()
+            await asyncio.sleep(turn / 500)
+        assert query(migrated, "SELECT number FROM workers WHERE ended_at IS NULL") == [], turn
+        assert query(migrated, "SELECT count(*) FROM streams WHERE worker IS NOT NULL AND final_seq IS NULL") == [(0,)]

@@ -18,6 +18,8 @@ from tests.support.resuming import split_id
 
 QUIET = 60.0
 """How long (seconds) after the last call an open stream may still be there."""
+BLOCKED = timedelta(seconds=5)
+"""Within which time a worker may be declared dead whose connections were ended while its loop was blocked."""
 EVER = timedelta(seconds=1)
 """How far the moments that a fault is noted at may be off."""
 
@@ -119,7 +121,12 @@ async def examine_ends(stage: Stage, findings: Findings) -> None:
     wrong = [row for row in rows if not _deserved(stage, *row[1:])]
     findings.checks["workers declared dead without cause, or never"] = len(wrong)
     for row in wrong[:5]:
-        stage.violation(f"worker {row[0]} (process {row[1]}) ended at {row[3]} with {row[4]!r}")
+        before = [
+            f"{fault.kind} {(row[3] - fault.began).total_seconds():.1f} s before"
+            for fault in stage.faults
+            if row[3] is not None and fault.pid in (None, row[1]) and timedelta() < row[3] - fault.began < 6 * BLOCKED
+        ]
+        stage.violation(f"worker {row[0]} (process {row[1]}) ended at {row[3]} with {row[4]!r}; {', '.join(before)}")
     signalled = {fault.pid for fault in stage.faults if fault.kind.startswith("SIG")}
     crashed = [
         worker
@@ -183,12 +190,20 @@ def _deserved(stage: Stage, pid: int, started: datetime, ended: datetime | None,
         return False
     mine = [fault for fault in stage.faults if fault.pid == pid]
     if reason == "worker_lost":
-        return pid in stage.failed_starts or any(
-            fault.kind == "SIGKILL"
-            # Frozen: for too long, or while PostgreSQL had ended the connection that shows its life.
-            or (fault.kind.startswith("SIGSTOP") and fault.began - EVER < ended < (fault.ended or now()) + EVER)
-            or (fault.kind == "SIGTERM" and _went_without_a_database(stage, fault))
-            for fault in mine
+        return (
+            pid in stage.failed_starts
+            or any(
+                fault.kind == "SIGKILL"
+                # Frozen: for too long, or while PostgreSQL had ended the connection that shows its life.
+                or (fault.kind.startswith("SIGSTOP") and fault.began - EVER < ended < (fault.ended or now()) + EVER)
+                or (fault.kind == "SIGTERM" and _went_without_a_database(stage, fault))
+                for fault in mine
+            )
+            or any(
+                # While a tool blocked its loop, so that it could not say for a second that it lives.
+                fault.kind == "pg_terminate_backend" and timedelta() < ended - fault.began < BLOCKED
+                for fault in stage.faults
+            )
         )
     if reason == "outage":
         return any("longer than" in fault.kind for fault in stage.faults)
