@@ -16,8 +16,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mcp_pg_events import telemetry
+from mcp_pg_events.takeover import store_of
 from tests.servers.common import durable_app, register
 
 reader = InMemoryMetricReader()
@@ -44,6 +46,15 @@ async def collected(request: Request) -> JSONResponse:
         for point in metric.data.data_points
     ]
     return JSONResponse({"metrics": points, "spans": [_span(span) for span in exporter.get_finished_spans()]})
+
+
+@server.custom_route("/drain", methods=["POST"])
+async def drain(request: Request) -> JSONResponse:
+    """Drain, and stay to tell of it."""
+    store = store_of(app)
+    assert store is not None
+    await store.drain()
+    return JSONResponse({})
 
 
 @server.custom_route("/retention", methods=["POST"])
@@ -75,4 +86,19 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
     }
 
 
+class Instrumented:
+    """What an instrumentation of the ASGI server does, for requests that ask for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (b"x-instrumented", b"1") not in scope["headers"]:
+            await self.app(scope, receive, send)
+            return
+        with trace.get_tracer("instrumentation").start_as_current_span("instrumented", kind=trace.SpanKind.SERVER):
+            await self.app(scope, receive, send)
+
+
 app = durable_app(server.streamable_http_app)
+app.add_middleware(Instrumented)
