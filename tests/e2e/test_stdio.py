@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from mcp_types import (
 
 from tests.e2e.conftest import SharedWorkers, StartWorkers
 from tests.support.mcp_http import Response, Session
+from tests.support.processes import gone, made
 from tests.support.resuming import ResumingCall
 from tests.support.sdk_client import sdk_session
 from tests.support.sse import Event
@@ -43,21 +43,6 @@ async def messages_until(response: Response, method: str) -> tuple[AsyncIterator
 async def rest(events: AsyncIterator[Event]) -> list[Any]:
     async with asyncio.timeout(20):
         return [event.message async for event in events if event.data]
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def made(path: Path) -> bool:
-    return path.exists()  # noqa: ASYNC240 (a test's)
-
-
-async def gone(pid: int) -> bool:
-    return not runs(pid)
 
 
 async def test_calls_cut_at_random_and_resumed_on_any_replica_lose_and_double_nothing(

@@ -129,17 +129,25 @@ class Call:
     def die(self, code: int) -> str:
         os._exit(code)
 
+    def answer_and_die(self, n: int) -> str:
+        with output:
+            for index in range(n):
+                params = {"progressToken": self.token, "progress": index + 1}
+                print(json.dumps({"jsonrpc": "2.0", "method": "notifications/progress", "params": params}))
+            result = {"content": [{"type": "text", "text": "died"}]}
+            print(json.dumps({"jsonrpc": "2.0", "id": self.id, "result": result}), flush=True)
+            os._exit(0)
+
     def close_output(self) -> str:
         os.close(1)
         time.sleep(60)
         return "never seen"
 
-    def leave_child(self) -> str:
-        """A child that holds the output open, and a dead parent."""
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
+    def leave(self) -> str:
         os._exit(3)
 
     def child(self) -> str:
+        """Start a child that holds the output open."""
         return str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
 
     def surrogate(self) -> str:

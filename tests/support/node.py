@@ -1,4 +1,5 @@
-"""Node.js 22, the official conformance suite and the TypeScript SDK, which npm installs once into the user's cache.
+"""Node.js 22, the official conformance suite, the TypeScript SDK and its example server, which npm installs once into
+the user's cache.
 
 `tests/conformance/package-lock.json` names the exact packages. Where the machine's own Node is older than 22, one comes
 from npm too. No script of a package is run.
@@ -22,6 +23,7 @@ from tests.support.tools import missing_tool, require_tool
 
 LOCK = Path(__file__).parents[1] / "conformance" / "package-lock.json"
 NODE_VERSION = "22.23.3"
+EVERYTHING_VERSION = "2026.8.31"
 INSTALL_TIMEOUT = 240.0
 """Seconds that npm may take for one installation; from an empty cache both took 25 s together."""
 
@@ -45,6 +47,14 @@ def install_node() -> Node:
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
     folder = _installed(npm, f"conformance-{digest}", ["ci"], [LOCK.with_name("package.json"), LOCK])
     return Node(_recent_node() or _node_from_npm(npm), folder)
+
+
+def install_everything() -> list[str]:
+    """The command line of `@modelcontextprotocol/server-everything`; its argument says how it speaks, `stdio` say."""
+    npm = require_tool("npm", "install Node.js 22 or newer with npm, or Debian's package npm.")
+    package = "@modelcontextprotocol/server-everything"
+    folder = _installed(npm, f"everything-{EVERYTHING_VERSION}", ["install", f"{package}@{EVERYTHING_VERSION}"], [])
+    return [_recent_node() or _node_from_npm(npm), str(folder / "node_modules" / package / "dist/index.js")]
 
 
 def _recent_node() -> str | None:
