@@ -157,6 +157,8 @@ class Call:
     record: SessionRecord | None
     elsewhere: bool = False
     """Another worker runs it, and is told: its events come as they do to any reader that attached late."""
+    letters: bool = False
+    """Something for the session that is older than the request waits in this worker's inbox."""
 
 
 @dataclass(frozen=True, slots=True)

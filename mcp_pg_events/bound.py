@@ -38,8 +38,7 @@ class BoundSessions:
 
     async def open_stream(self, key: SessionKey, message: JSONRPCRequest, body: bytes | None) -> Call:
         """Open the stream of a request, with its reader here, and send the request to the session's worker. Where that
-        is this one, everything that was sent to it before has been delivered when this returns, and `body` is not
-        needed.
+        is this one, `body` is not needed, and `collect` comes next where the result says that `letters` wait.
 
         Raises:
             SessionUnknown: no such session for this asker, or its worker is gone.
@@ -75,9 +74,11 @@ class BoundSessions:
             else:
                 self._log.check_identity(me)
                 stream = Stream(number, key.session_id, created_at, request)
-        if letters:
-            await self._inbox.collect()
-        return Call(stream, protocol_version, told, None, elsewhere=owner != me)
+        return Call(stream, protocol_version, told, None, elsewhere=owner != me, letters=letters)
+
+    async def collect(self) -> None:
+        """Return when everything that was sent to this worker by now has been delivered."""
+        await self._inbox.collect()
 
     async def owner(self, key: SessionKey) -> int:
         """The worker that a session lives on. Where that is this one, what was sent to it before has been delivered.

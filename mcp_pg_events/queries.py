@@ -420,8 +420,8 @@ _statement(
     WITH session AS (SELECT * FROM {s}.sessions WHERE """
     + _LIVE.replace(
         "ended_at IS NULL",
-        "(ended_at IS NULL OR worker IS NOT NULL AND %(stream)s::bigint IS NOT NULL AND ended_reason <> 'deleted' "
-        "AND ended_at > now() - interval '1 minute')",
+        "(ended_at IS NULL OR worker IS NOT NULL AND %(stream)s::bigint IS NOT NULL "
+        "AND ended_reason NOT IN ('deleted', 'idle', 'failed') AND ended_at > now() - interval '1 minute')",
     )
     + """), touched AS (
         UPDATE {s}.sessions SET seen_at = now()

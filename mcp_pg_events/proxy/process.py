@@ -78,7 +78,8 @@ class Keeper:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def add(self, group: int) -> None:
+    def ready(self) -> None:
+        """Have it run. Raises OSError when it cannot."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__).with_name("keeper.py"))],
@@ -89,6 +90,8 @@ class Keeper:
             )
             assert self._process.stdin is not None
             os.set_blocking(self._process.stdin.fileno(), False)
+
+    def add(self, group: int) -> None:
         self._tell(b"+%d\n" % group)
 
     def remove(self, group: int) -> None:
@@ -142,6 +145,7 @@ class ServerProcess:
         Raises:
             OSError: it cannot be run.
         """
+        self._keeper.ready()
         loop = asyncio.get_running_loop()
         transport, protocol = await loop.subprocess_exec(
             lambda: _Protocol(READ, loop),
@@ -184,7 +188,8 @@ class ServerProcess:
                     await stdin.drain()
                     self._waiting_bytes -= len(message)
         except (BrokenPipeError, ConnectionResetError):
-            # It reads no more; its output tells whether it has ended.
+            # It can be told nothing any more, so that it is over, whether it has ended or not.
+            self._fault = self._fault or "closed its input"
             self._waiting.clear()
 
     async def _read_stdout(self) -> None:
@@ -223,11 +228,12 @@ class ServerProcess:
     # --- its end ------------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """It is over when its output is, or soon after its end: a child that it leaves may hold the output open."""
-        reading = self._tasks[0]
+        """It is over when its output is, or soon after it ended or closed its input: a child that it leaves may hold
+        its output open."""
+        reading, _, writing, _ = self._tasks
         exited = asyncio.ensure_future(self._protocol.exited.wait())
         try:
-            await asyncio.wait((reading, exited), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reading, exited, writing), return_when=asyncio.FIRST_COMPLETED)
             # What it wrote last comes first, however long the log takes for it.
             while not (reading.done() and exited.done()):
                 await asyncio.wait((reading, exited), timeout=EXIT_GRACE, return_when=asyncio.ALL_COMPLETED)
@@ -238,7 +244,8 @@ class ServerProcess:
         if reading.done() and not reading.cancelled() and (error := reading.exception()) is not None:
             logger.error("Session %s: what its program wrote could not be handled", self._session_id, exc_info=error)
         if not self._ending:
-            self._on_exit(self._fault or _how(self._transport.get_returncode()))
+            code = self._transport.get_returncode()
+            self._on_exit(self._fault if code is None and self._fault else _how(code))
 
     async def end(self) -> None:
         """Let it end, and see to it that it does, with all that it started. What it still writes is dropped."""

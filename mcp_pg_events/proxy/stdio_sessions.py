@@ -106,6 +106,8 @@ class ProcessSessions:
     async def start(self, key: SessionKey, call: Call, message: JSONRPCRequest, body: bytes, request: Request) -> None:
         if call.elsewhere:
             return
+        if call.letters:
+            await self._store.bound.collect()
         session = self._sessions.get(key.session_id)
         if session is not None:
             session.start(message, call.stream, body)

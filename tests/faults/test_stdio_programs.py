@@ -95,6 +95,20 @@ async def test_a_program_that_is_as_good_as_dead_is_over(tool: str, how: str, sh
     await until(lambda: gone(*pids))
 
 
+async def test_a_program_that_closed_its_input_is_over(shared_workers: SharedWorkers) -> None:
+    workers = await shared_workers("stdio_app")
+    session = await Session.initialize(workers[0].url)
+    pid = await pid_of(session)
+    waiting = await waiting_call(workers, session, "deaf")
+    assert await session.call_result("close_input") == "closing"
+    assert await session.notify("notifications/1") == 202
+    await asyncio.sleep(0.1)  # until it has been read; nobody tells
+    assert await reason_of(await session.call("echo", {"text": "x"}, base_url=workers[1].url)) == "process_lost"
+    assert await reason_of(waiting) == "process_lost"
+    assert "closed its input" in workers[0].output()
+    await until(lambda: gone(pid))
+
+
 async def test_an_answer_that_came_right_before_the_death_is_delivered(shared_workers: SharedWorkers) -> None:
     workers = await shared_workers("stdio_app")
     session = await Session.initialize(workers[0].url)

@@ -25,6 +25,7 @@ answers: dict[object, Any] = {}
 answered = threading.Condition()
 asked = 0
 reading = threading.Event()
+closing = threading.Event()
 cancelled: set[object] = set()
 received: list[str] = []
 
@@ -172,9 +173,10 @@ class Call:
         """The names of what came before this call."""
         return json.dumps(received[:-1])
 
-    def stop_reading(self) -> str:
-        reading.clear()
-        return "deaf"
+    def close_input(self) -> str:
+        """After the next message."""
+        closing.set()
+        return "closing"
 
     def read_again(self, key: str) -> str:
         """Deaf until a file is there."""
@@ -243,6 +245,9 @@ def main() -> None:
         if MANNER != "silent":
             serve(json.loads(line))
         reading.wait()
+        if closing.is_set():
+            os.close(0)
+            time.sleep(600)
     if MANNER == "stubborn":
         time.sleep(600)
     (DIRECTORY / f"{os.getpid()}.left").touch()
