@@ -19,6 +19,7 @@ _INT8_OID, _INT8_ARRAY_OID = 20, 1016
 _TEXT_OID, _TEXT_ARRAY_OID = 25, 1009
 _HEADER = struct.Struct("!iiIii")
 _LENGTH = struct.Struct("!i")
+_NULL = _LENGTH.pack(-1)
 
 
 class Int8Array:
@@ -31,11 +32,11 @@ class Int8Array:
 
 
 class TextArray:
-    """The values of one `text[]` parameter, each UTF-8 already."""
+    """The values of one `text[]` parameter, each UTF-8 already, or None for NULL."""
 
     __slots__ = ("values",)
 
-    def __init__(self, values: Iterable[bytes]) -> None:
+    def __init__(self, values: Iterable[bytes | None]) -> None:
         self.values = list(values)
 
 
@@ -60,9 +61,9 @@ class _TextArrayDumper(adapt.Dumper):
     def dump(self, obj: TextArray) -> bytes:
         if not obj.values:
             return struct.pack("!iiI", 0, 0, _TEXT_OID)
-        parts = [_HEADER.pack(1, 0, _TEXT_OID, len(obj.values), 1)]
+        parts = [_HEADER.pack(1, int(None in obj.values), _TEXT_OID, len(obj.values), 1)]
         for value in obj.values:
-            parts += (_LENGTH.pack(len(value)), value)
+            parts += (_NULL,) if value is None else (_LENGTH.pack(len(value)), value)
         return b"".join(parts)
 
 

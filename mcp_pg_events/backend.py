@@ -65,6 +65,11 @@ class SessionKey:
     owner: str | None
     idle_timeout: float | None
 
+    @property
+    def touch_interval(self) -> float:
+        """How old (seconds) the session's last stamp may be before a request renews it."""
+        return min(30.0, self.idle_timeout / 8) if self.idle_timeout else 30.0
+
 
 @dataclass(slots=True, eq=False)
 class Stream:

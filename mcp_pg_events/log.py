@@ -37,6 +37,7 @@ from .errors import ConfigurationError, DatabaseUnavailable
 from .fetcher import Fetcher
 from .finish import Finisher
 from .hub import Hub
+from .opener import Opener
 from .queries import Queries
 from .writer import Writer
 
@@ -62,6 +63,7 @@ class Log:
         queries: Queries,
         identity: Identity,
         writer: Writer,
+        opener: Opener,
         fetcher: Fetcher,
         finisher: Finisher,
         hub: Hub,
@@ -70,6 +72,7 @@ class Log:
         self._database = database
         self._queries = queries
         self._writer = writer
+        self._opener = opener
         self._fetcher = fetcher
         self._finisher = finisher
         self._hub = hub
@@ -202,16 +205,22 @@ class Log:
             SessionUnknown: no such session for this asker.
             RequestInFlight: a request with this id is running in the session, on whichever worker.
         """
-        me = self._identity.number
+        method = method.replace("\0", "")[:200]
         running = self._writer.running(key.session_id, request_key)
         with self.opening(key, request_key):
+            if not restore and (opened := await self._opener.open(key, request_id, request_key, method)) is not None:
+                stream = self.own(
+                    opened.worker, opened.epoch, opened.number, key.session_id, opened.created_at, request_key
+                )
+                return Call(stream, opened.protocol_version, opened.told, None)
+            me = self._identity.number
             rows = await self._database.fetch(
                 self._queries.open_stream,
                 asking(key)
                 | {
                     "request_id": request_id,
                     "request_key": request_key,
-                    "method": method.replace("\0", "")[:200],
+                    "method": method,
                     "me": me,
                     "restore": restore,
                 },
@@ -396,7 +405,7 @@ def asking(key: SessionKey) -> dict[str, Any]:
         "server": key.server,
         "owner": key.owner,
         "idle": key.idle_timeout,
-        "touch": min(30.0, key.idle_timeout / 8) if key.idle_timeout else 30.0,
+        "touch": key.touch_interval,
     }
 
 

@@ -167,6 +167,38 @@ _statement(
     """,
 )
 _statement(
+    "open_streams",
+    # The same for many requests at once, where nothing stands against it; a request that gives no row is asked for as
+    # above. All sessions are locked before the worker's row, which is the order in which a DELETE takes them, and one
+    # that somebody holds is left out: the others would wait for it. The order of the inserts is that of all workers, so
+    # that two who were sent the same requests do not deadlock.
+    """
+    WITH asked AS (
+        SELECT * FROM unnest(%(sessions)b::text[], %(owners)b::text[], %(request_ids)b::text[],
+                             %(request_keys)b::text[], %(methods)b::text[])
+                      WITH ORDINALITY a(session, owner, request_id, request_key, method, place)
+    ), session AS (
+        SELECT s.id, s.protocol_version, s.told, a.request_id, a.request_key, a.method, a.place,
+               s.seen_at < now() - make_interval(secs => %(touch)s::float8) AS stale
+          FROM asked a JOIN {s}.sessions s ON s.id = a.session AND s.owner IS NOT DISTINCT FROM a.owner
+         WHERE s.server = %(server)s AND s.ended_at IS NULL AND s.protocol_version IS NOT NULL
+           AND (%(idle)s::float8 IS NULL OR s.seen_at > now() - make_interval(secs => %(idle)s::float8))
+           FOR KEY SHARE OF s SKIP LOCKED
+    ), owner AS (
+        SELECT epoch FROM {s}.workers
+         WHERE number = %(me)s AND ended_at IS NULL AND (SELECT count(*) FROM session) > 0 FOR KEY SHARE
+    ), opened AS (
+        INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
+        SELECT id, request_id, request_key, method, %(me)s, %(me)s, 1 FROM session, owner ORDER BY id, request_key
+        ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
+        RETURNING number, created_at, session_id, request_key
+    )
+    SELECT session.place, opened.number, opened.created_at, session.protocol_version, session.told, owner.epoch,
+           session.stale
+      FROM owner, opened JOIN session ON session.id = opened.session_id AND session.request_key = opened.request_key
+    """,
+)
+_statement(
     "open_bound_stream",
     # The same for a session that lives on one worker: that one is to run the request, so its row is locked, and where
     # it is not the asker the request goes into its inbox in the same commit. The reader is here in any case. Letters

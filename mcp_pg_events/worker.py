@@ -28,6 +28,7 @@ from .hub import Hub
 from .inbox import CarriedStream, Inbox
 from .listener import Listener
 from .log import Log
+from .opener import Opener
 from .queries import Queries
 from .schema import NEEDS, REVISION, quote_schema
 from .telemetry import Counts
@@ -107,8 +108,19 @@ class Worker:
             self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix
         )
         self.fetcher = Fetcher(self.database, queries)
+        self.opener = Opener(
+            self._connect, queries, self.identity, lambda stale: self.spawn(self.touch_sessions(stale))
+        )
         self.log = Log(
-            self.database, queries, self.identity, self.writer, self.fetcher, self.finisher, self.hub, prefix
+            self.database,
+            queries,
+            self.identity,
+            self.writer,
+            self.opener,
+            self.fetcher,
+            self.finisher,
+            self.hub,
+            prefix,
         )
         self.inbox = Inbox(self.database, queries, self.identity, self._deliver)
         self.bound = BoundSessions(self.database, queries, self.identity, self.log, self.hub, self.inbox, prefix)
@@ -135,6 +147,7 @@ class Worker:
         await self.listener.start()
         await self.waker.start()
         await self.writer.start()
+        await self.opener.start()
         self.fetcher.start()
         self.inbox.start()
         self.watch.start()
@@ -145,7 +158,7 @@ class Worker:
 
     async def stop(self) -> None:
         self._unobserve()
-        for name in ("watch", "inbox", "probe"):
+        for name in ("watch", "inbox", "opener", "probe"):
             if (part := getattr(self, name, None)) is not None:
                 await part.stop()
         # A worker that loses its identity now takes no new one.
@@ -289,9 +302,10 @@ class Worker:
         for app in self.apps:
             app.session_ended(session_id)
 
-    async def touch_sessions(self) -> None:
-        """Keep the sessions with a running call or an attached reader here from their idle time-out."""
-        sessions = self.writer.sessions() | self.hub.sessions()
+    async def touch_sessions(self, sessions: set[str] | None = None) -> None:
+        """Keep sessions from their idle time-out: those given, or those with a running call or an attached reader."""
+        if sessions is None:
+            sessions = self.writer.sessions() | self.hub.sessions()
         if sessions:
             await self.database.fetch(
                 self._queries.touch_sessions, {"sessions": TextArray(session.encode() for session in sessions)}

@@ -220,16 +220,15 @@ async def test_a_stream_that_was_ended_before_its_worker_heard_of_it_takes_nothi
         other_key, _ = await open_session(here)
         other = await open_call(here, other_key)
         opened, go_on = asyncio.Event(), asyncio.Event()
-        fetch = parts(here).database.fetch
+        open_ = parts(here).opener.open
 
-        async def slow_fetch(statement: bytes, *args: Any, **arguments: Any) -> Any:
-            rows = await fetch(statement, *args, **arguments)
-            if b":open_stream " in statement:
-                opened.set()
-                await go_on.wait()
-            return rows
+        async def slow_open(*asked: Any) -> Any:
+            answer = await open_(*asked)
+            opened.set()
+            await go_on.wait()
+            return answer
 
-        parts(here).database.fetch = slow_fetch  # type: ignore[method-assign, assignment]
+        parts(here).opener.open = slow_open  # type: ignore[method-assign]
         opening = asyncio.create_task(open_call(here, key))
         await opened.wait()
         await there.log.end_session(key, "deleted")

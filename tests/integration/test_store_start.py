@@ -190,14 +190,14 @@ def test_options_are_given_by_name_alone() -> None:
 
 
 async def test_a_worker_keeps_to_its_connections(migrated: str) -> None:
-    """The pool's, and three more: one each to write, to wake, and to listen."""
+    """The pool's, and four more: one each to open streams, to write, to wake, and to listen."""
     async with PostgresStore(migrated, max_connections=2, prepare_threshold=None) as store:
         key, _ = await open_session(store)
         streams = await asyncio.gather(*(open_call(store, key, number) for number in range(1, 40)))
         await asyncio.gather(*(store.log.append(stream, NOTE) for stream in streams))
         held = await asyncio.gather(*(store.log.attach(key, stream.number, 1, patience=10) for stream in streams))
         assert len(held) == 39
-        assert 3 < backends(migrated) <= 2 + 3
+        assert 4 < backends(migrated) <= 2 + 4
     await until(lambda: backends(migrated) == 0)
 
 
