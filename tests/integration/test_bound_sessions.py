@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from mcp_types import JSONRPCRequest
+from mcp_types import JSONRPCRequest, JSONRPCResponse
+from starlette.requests import Request
 
 from mcp_pg_events import PostgresStore
 from mcp_pg_events.backend import App, CursorRejected, RequestInFlight, SessionKey, SessionUnknown, Stream
 from mcp_pg_events.errors import AppendRefused, DatabaseUnavailable
+from mcp_pg_events.proxy.process import Command
+from mcp_pg_events.proxy.stdio_sessions import ProcessSessions
 from tests.support.log import NOTE, RESULT, VERSION, assert_streams_are_whole, parts, query, running, stored, until
 
 pytestmark = pytest.mark.anyio
@@ -200,6 +205,21 @@ async def test_a_dead_workers_sessions_end_with_it_and_say_so_to_who_comes_back(
             await there.log.attach(key, call.stream.number, 0, patience=1)
 
 
+async def test_a_session_whose_dead_worker_took_it_not_along_is_unknown(migrated_once: str) -> None:
+    """An older worker, which knows nothing of such sessions, declared that one dead."""
+    async with running(migrated_once, 2) as (here, there):
+        key = await open_bound(here)
+        query(
+            migrated_once,
+            "UPDATE workers SET ended_at = now(), epoch = epoch + 1 WHERE number = %s",
+            here.worker_number(),
+        )
+        with pytest.raises(SessionUnknown):
+            await there.bound.open_stream(key, *request(1))
+        with pytest.raises(SessionUnknown):
+            await there.bound.owner(key)
+
+
 async def test_requests_that_race_with_the_end_of_their_worker_all_have_their_end(migrated_once: str) -> None:
     async with running(migrated_once, 2) as (here, there):
         Owner(here)
@@ -226,3 +246,32 @@ async def test_requests_that_race_with_the_end_of_their_worker_all_have_their_en
             assert finals(migrated_once, stream) == ["worker_lost"]
         assert_streams_are_whole(migrated_once)
         assert query(migrated_once, "SELECT count(*) FROM inbox WHERE worker = %s", number) == [(0,)]
+
+
+async def test_a_program_reads_what_travelled_before_what_landed_later(migrated_once: str, tmp_path: Path) -> None:
+    program = [sys.executable, str(Path(__file__).parents[1] / "servers" / "stdio_program.py")]
+    command = Command.checked(program, extra={"TEST_DIRECTORY": str(tmp_path)}, max_message_size=2**20, stop_timeout=1)
+    async with running(migrated_once, 2) as (here, there):
+        sessions = ProcessSessions(command, here, name="server", max_processes=1, idle_timeout=None, start_timeout=10)
+        async with sessions.running():
+            key = SessionKey(uuid4().hex, "server", None, None)
+            session = sessions.open(key)
+            opening = json.dumps(
+                {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "1"}}
+            )
+            message = JSONRPCRequest.model_validate_json(opening)
+            [answer] = await session.initialize(message, opening.encode(), Request({"type": "http"}))
+            assert isinstance(answer, JSONRPCResponse)
+            opened = await here.log.open_session(
+                key, initialize="{}", protocol_version=VERSION, request_id="0", request_key="i0", limit=None, bound=True
+            )
+            session.standalone = Stream(opened.standalone, key.session_id, shared=True)
+            parts(here).inbox.check = lambda: None  # type: ignore[method-assign]  # nobody tells it
+            await there.bound.post(here.worker_number(), key.session_id, b'{"jsonrpc":"2.0","method":"travelled"}')
+            asking = JSONRPCRequest(jsonrpc="2.0", id=1, method="tools/call", params={"name": "received"})
+            body = asking.model_dump_json().encode()
+            call = await sessions.open_stream(key, asking, body)
+            await sessions.start(key, call, asking, body, Request({"type": "http"}))
+            await until(lambda: stored(migrated_once, call.stream.number))
+            [(_, payload)] = stored(migrated_once, call.stream.number)
+            assert json.loads(json.loads(payload)["result"]["content"][0]["text"]) == ["initialize", "travelled"]

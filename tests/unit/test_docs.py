@@ -22,6 +22,7 @@ import typer
 from mcp_pg_events import Health, PostgresStore, durable, errors
 from mcp_pg_events.cli import app as command_line
 from mcp_pg_events.finish import _MESSAGES, final_error
+from mcp_pg_events.proxy.stdio import stdio_app
 from mcp_pg_events.store import StoreOptions
 from mcp_pg_events.tables import METADATA
 from mcp_pg_events.telemetry import INSTRUMENTS
@@ -190,7 +191,9 @@ def test_the_reference_has_the_options_and_defaults_that_there_are(name: str) ->
 
 
 @pytest.mark.parametrize(
-    ("function", "page"), [(durable, "durable"), (PostgresStore, "store")], ids=["durable", "store"]
+    ("function", "page"),
+    [(durable, "durable"), (PostgresStore, "store"), (stdio_app, "stdio")],
+    ids=["durable", "store", "stdio"],
 )
 def test_the_reference_has_the_parameters_and_defaults_that_there_are(function: object, page: str) -> None:
     rows = table(section(f"reference/{page}.md", f"`{function.__name__}`"))  # type: ignore[attr-defined]
