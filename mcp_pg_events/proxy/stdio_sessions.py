@@ -79,8 +79,9 @@ class ProcessSessions:
             unregister()
 
     def ids(self) -> set[str]:
-        """The sessions whose program runs here."""
-        return set(self._sessions)
+        """The sessions whose program runs here; not those that are about to begin, which may take long, since nobody
+        else knows them yet."""
+        return {session_id for session_id, session in self._sessions.items() if session.standalone is not None}
 
     def open(self, key: SessionKey) -> ProcessSession:
         if len(self._sessions) + len(self._ending) >= self._max_processes:

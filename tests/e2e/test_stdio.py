@@ -113,7 +113,7 @@ async def test_what_comes_while_no_call_runs_is_on_the_standalone_stream_of_any_
     shared_workers: SharedWorkers,
 ) -> None:
     workers = await shared_workers("stdio_app")
-    session = await Session.initialize(workers[0].url)
+    session = await Session.initialize(workers[0].url, capabilities={"roots": {}})
     standalone = await session.get(base_url=workers[1].url)
     events = standalone.events()
     async with asyncio.timeout(10):

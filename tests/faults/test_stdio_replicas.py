@@ -33,7 +33,7 @@ async def test_a_killed_replica_ends_its_sessions_and_leaves_no_program(
     assert await reason_of(carried) == "worker_lost"
     assert await reason_of(await session.get(cursor, base_url=workers[1].url)) == "worker_lost"
     async with asyncio.timeout(10):
-        assert [event.message["id"] async for event in standalone.events() if event.data] == ["roots"]
+        assert [event async for event in standalone.events() if event.data] == []
     assert standalone.complete
     there = workers[1].url
     assert (await session.call("echo", {"text": "x"}, base_url=there)).status == 404
@@ -107,7 +107,8 @@ async def _opens(url: str) -> bool:
 
 
 async def test_an_idle_session_ends_with_its_program(start_workers: StartWorkers) -> None:
-    workers = await start_workers("stdio_app", 2, options=program(idle_timeout=1.0))
+    # Looked over every quarter of a second: what is not recorded yet does not count as gone.
+    workers = await start_workers("stdio_app", 2, options=program("slow", idle_timeout=2.0))
     session, held = await Session.initialize(workers[0].url), await Session.initialize(workers[0].url)
     pids = [await pid_of(session), await pid_of(held)]
     standalone = await held.get(base_url=workers[1].url)

@@ -2,7 +2,7 @@
 nothing but the standard library.
 
     TEST_DIRECTORY   where `wait` looks for its files
-    TEST_PROGRAM     how it misbehaves from the start: dies, silent, noisy, stubborn
+    TEST_PROGRAM     how it misbehaves from the start: dies, silent, slow, noisy, stubborn
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ reading = threading.Event()
 closing = threading.Event()
 cancelled: set[object] = set()
 received: list[str] = []
+capabilities: dict[str, Any] = {}
 
 
 def send(message: dict[str, Any]) -> None:
@@ -209,14 +210,16 @@ def serve(message: dict[str, Any]) -> None:
                 answers[message["id"]] = message.get("result")
                 answered.notify_all()
         case "initialize":
-            capabilities = {"tools": {}, "logging": {}}
+            if MANNER == "slow":
+                time.sleep(1)
+            capabilities.update(message["params"].get("capabilities", {}))
             info = {"name": "program", "version": "1"}
             version = message["params"]["protocolVersion"]
-            result = {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}
+            result = {"protocolVersion": version, "capabilities": {"tools": {}, "logging": {}}, "serverInfo": info}
             send({"id": message["id"], "result": result})
         case "notifications/initialized":
-            # As many servers do; a request before it is refused by some.
-            send({"id": "roots", "method": "roots/list"})
+            if "roots" in capabilities:
+                send({"id": "roots", "method": "roots/list"})
             (DIRECTORY / "initialized").touch()
         case "notifications/cancelled":
             cancelled.add(message["params"]["requestId"])
