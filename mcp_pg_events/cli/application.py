@@ -37,10 +37,13 @@ __all__ = [
     "Plan",
     "application",
     "check_health_paths",
+    "end_with_the_command",
     "find",
     "is_durable",
     "make_durable",
+    "make_store",
     "rehearse",
+    "using_embedded",
     "with_health",
 ]
 
@@ -73,14 +76,14 @@ class Plan:
 
 def application() -> Application:
     """The app of this worker process (uvicorn's factory), from the plan in the environment."""
-    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    threading.Thread(target=end_with_the_command, daemon=True).start()
     plan = Plan(**json.loads(os.environ[VARIABLE]))
     try:
         app, _ = find(plan.target, path=plan.path, host=plan.host)
         if plan.dsn is not None:
             app = make_durable(app, plan)
         app = with_health(app, plan)
-        return app if plan.embedded_home is None else _using_embedded(app, plan.embedded_home)
+        return app if plan.embedded_home is None else using_embedded(app, plan.embedded_home)
     except errors.Error as error:
         # Any other way to end, and uvicorn starts the worker again, for ever.
         print(explain(error), file=sys.stderr)
@@ -89,7 +92,7 @@ def application() -> Application:
 
 def make_durable(app: Application, plan: Plan) -> Application:
     """`app`, with a store of its own."""
-    return cast(Application, durable(cast(Any, app), _store(plan)))
+    return cast(Application, durable(cast(Any, app), make_store(plan)))
 
 
 def check_health_paths(app: Application, live: str | None, ready: str | None) -> None:
@@ -117,7 +120,7 @@ def with_health(app: Application, plan: Plan) -> Application:
     return behind if routes else app
 
 
-async def rehearse(plan: Plan) -> None:
+async def rehearse(store: PostgresStore) -> None:
     """Be a worker for a moment, so that what is wrong with the database is said once, and in one sentence.
 
     Raises:
@@ -127,13 +130,14 @@ async def rehearse(plan: Plan) -> None:
     level = log.level
     log.setLevel(logging.WARNING)  # this worker serves nothing that anybody should hear of
     try:
-        async with _store(plan):
+        async with store:
             pass
     finally:
         log.setLevel(level)
 
 
-def _store(plan: Plan) -> PostgresStore:
+def make_store(plan: Plan) -> PostgresStore:
+    """A store for what the plan says."""
     assert plan.dsn is not None
     return PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema)
 
@@ -226,14 +230,14 @@ def _required_arguments(found: object) -> int | None:
     )
 
 
-def _end_with_the_command() -> None:
+def end_with_the_command() -> None:
     """Wait for the command's process to go, and then end as it would have ended this one: nobody else will."""
     if (command := multiprocessing.parent_process()) is not None:
         command.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _using_embedded(app: Application, home: str) -> Application:
+def using_embedded(app: Application, home: str) -> Application:
     """`app`, which keeps the embedded PostgreSQL running for as long as it does.
 
     The command holds it too; when the command is killed, its workers still need their database to end in good order,

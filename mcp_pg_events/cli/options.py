@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Dsn", "Schema"]
+__all__ = ["Dsn", "LogLevel", "Schema"]
+
+LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
 Dsn = Annotated[
     str | None,

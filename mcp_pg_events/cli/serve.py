@@ -7,39 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
-import os
 import signal
-import socket
-from collections.abc import Iterator
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 import typer
-import uvicorn
-from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
-from .. import errors
 from ..embedded import default_home, embedded_postgres
 from ..errors import ConfigurationError
 from ..settings import Settings
-from .options import Dsn, Schema
-
-if TYPE_CHECKING:
-    from .application import Application
+from .options import Dsn, LogLevel, Schema
+from .running import exit_cleanly, listen, run, shown
 
 __all__ = ["serve"]
-
-LogLevel = Literal["critical", "error", "warning", "info", "debug"]
-
-# How long connections may take to end after SIGTERM, in seconds; an SSE stream would otherwise hold a worker for ever.
-_GRACE = 10
-
-# How long a worker may leave uvicorn's supervisor without an answer before it is killed, in seconds. One that starts
-# answers nothing yet, and many that start at once on a busy machine take longer than uvicorn's own 5 seconds.
-_HEALTH_CHECK = 15
 
 
 def serve(
@@ -95,16 +75,25 @@ def serve(
     if not path.startswith("/"):
         raise ConfigurationError(f"The path {path!r} has to begin with a slash.")
     # Without this a SIGTERM would end the process in the middle, and leave the embedded PostgreSQL running.
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, exit_cleanly)
     # The SDK takes a second, and --help needs none of it.
-    from .application import Plan, check_health_paths, find, is_durable, make_durable, rehearse, with_health
+    from .application import (
+        Plan,
+        check_health_paths,
+        find,
+        is_durable,
+        make_durable,
+        make_store,
+        rehearse,
+        with_health,
+    )
 
     settings = Settings.given(dsn=dsn, schema=schema)
     name = settings.schema_name
     with contextlib.ExitStack() as stack:
         app, shown_path = find(target, path=path, host=host)
         check_health_paths(app, live_path or None, ready_path or None)
-        listener = stack.enter_context(_listen(host, port))
+        listener = stack.enter_context(listen(host, port))
         database, home = settings.database, None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
         if durable_already := is_durable(app):
@@ -132,76 +121,10 @@ def serve(
             embedded_home=home,
         )
         if not durable_already:
-            asyncio.run(rehearse(plan))
+            asyncio.run(rehearse(make_store(plan)))
             app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
         app = with_health(app, plan)
         plan.publish()
         count = "one worker" if workers == 1 else f"{workers} workers"
-        typer.echo(f"Serving {target} with {count} at http://{_shown(listener)}{shown_path} (Ctrl-C ends it)", err=True)
-        started = _run_workers(listener, workers, log_level) if workers > 1 else _run_here(app, listener, log_level)
-        if not started:
-            raise errors.Error("A worker could not start; its log is above.")
-
-
-def _run_workers(listener: socket.socket, workers: int, log_level: LogLevel) -> bool:
-    """Serve until a signal; False when a worker failed to start."""
-    config = _config(
-        "mcp_pg_events.cli.application:application",
-        log_level,
-        workers=workers,
-        factory=True,
-        timeout_worker_healthcheck=_HEALTH_CHECK,
-    )
-    supervisor = Multiprocess(config, sockets=[listener])
-    supervisor.run()
-    return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
-
-
-def _run_here(app: Application, listener: socket.socket, log_level: LogLevel) -> bool:
-    server = uvicorn.Server(_config(app, log_level))
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
-    except SystemExit as end:  # uvicorn raises the signal that ended it again, once it is done
-        return end.code != STARTUP_FAILURE
-    return server.started
-
-
-def _config(app: Any, level: LogLevel, **options: Any) -> uvicorn.Config:
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    for name in ("mcp_pg_events", "mcp"):
-        log_config["loggers"][name] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
-    return uvicorn.Config(
-        app, log_level=level, log_config=log_config, timeout_graceful_shutdown=_GRACE, lifespan="on", **options
-    )
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
-
-
-@contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """The socket that all workers accept from, bound first so that a taken port says so at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror:
-        raise ConfigurationError(f"The host {host!r} is no address of this machine.") from None
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            reason = os.strerror(error.errno).lower() if error.errno else str(error)
-            raise ConfigurationError(
-                f"Cannot listen on {host} port {port} ({reason}); choose another with --host and --port."
-            ) from None
-        yield listener
-
-
-def _shown(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        typer.echo(f"Serving {target} with {count} at http://{shown(listener)}{shown_path} (Ctrl-C ends it)", err=True)
+        run(app, "mcp_pg_events.cli.application:application", listener, workers, log_level)

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import ConfigurationError
+from ..health import health_routes
 from ..http import EndpointOptions, HTTPEndpoint
 from ..reader import ReaderOptions
 from ..signals import drain_on_sigterm
@@ -44,6 +45,8 @@ def stdio_app(
     store: PostgresStore | str,
     *,
     path: str = "/mcp",
+    live_path: str | None = None,
+    ready_path: str | None = None,
     name: str | None = None,
     env: Mapping[str, str] | None = None,
     owner: Callable[[Scope], str | None] | None = None,
@@ -65,6 +68,8 @@ def stdio_app(
             `MCP_PG_EVENTS_`, and less libpq's variables (`PGPASSWORD` and the like).
         store: A `PostgresStore`, or the DSN for one of this app's own.
         path: The endpoint's path.
+        live_path: Where to answer 200 as long as this process runs; nowhere by default.
+        ready_path: Where to say whether this replica should be sent requests; nowhere by default.
         name: Whose sessions these are; made from the command by default, so that replicas agree.
         env: More variables for the program; what is left out of the environment can be put back with them.
         owner: From the ASGI scope to a string that names who asks, or None. A session is served to the one who opened
@@ -99,6 +104,8 @@ def stdio_app(
         raise ConfigurationError("name has to be a string of at least one character, without NUL")
     if not path.startswith("/"):
         raise ConfigurationError(f"The path {path!r} has to begin with a slash")
+    if path in (live_path, ready_path):
+        raise ConfigurationError(f"The path {path!r} is the endpoint's; live_path and ready_path need others")
     checked = Command.checked(command, extra=env or {}, max_message_size=max_message_size, stop_timeout=stop_timeout)
     store = as_store(store, store_options)
     name = name or _name(command)
@@ -136,7 +143,8 @@ def stdio_app(
                         await store.leave(sessions.ids)
                         gate.endpoint = None
 
-    return Starlette(routes=[Route(path, endpoint=gate)], lifespan=lifespan)
+    routes = health_routes(store, live=live_path, ready=ready_path)
+    return Starlette(routes=[*routes, Route(path, endpoint=gate)], lifespan=lifespan)
 
 
 def _name(command: Sequence[str]) -> str:

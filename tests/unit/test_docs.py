@@ -153,7 +153,7 @@ def test_there_are_programs() -> None:
 @pytest.mark.parametrize("block", blocks("console"), ids=str)
 def test_the_commands_that_are_shown_exist(block: Block) -> None:
     for line in re.findall(r"mcp-pg-events [^|&>\n]*", block.text):
-        _, name, *arguments = shlex.split(line)
+        _, name, *arguments = shlex.split(line.partition(" -- ")[0])
         known = options(commands()[f"mcp-pg-events {name}"])
         assert [word for word in arguments if word.startswith("-") and word not in known] == [], line
 
