@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
@@ -242,7 +242,7 @@ class HTTPEndpoint:
             reader = SSEReader(
                 self._log, subscription, position=0, bound=bound, primes=primes, options=self._options.reader
             )
-            await self._run_reader(reader.answer, reader, subscription, receive, send)
+            await self._run_reader(reader, subscription, receive, send)
             return
         try:
             payload = await read_final(subscription, self._log, bound, self._options.reader.outage_timeout)
@@ -296,7 +296,7 @@ class HTTPEndpoint:
             replay=replay,
         )
         try:
-            await self._run_reader(reader.respond, reader, subscription, receive, send)
+            await self._run_reader(reader, subscription, receive, send)
         finally:
             replay.over()
 
@@ -314,14 +314,7 @@ class HTTPEndpoint:
                     raise
                 await asyncio.sleep(0.25)
 
-    async def _run_reader(
-        self,
-        respond: Callable[[Receive, Send, list[tuple[bytes, bytes]]], Awaitable[None]],
-        reader: SSEReader,
-        subscription: Subscription,
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
         headers = [
             (b"content-type", b"text/event-stream"),
             (b"cache-control", b"no-cache, no-transform"),
@@ -330,7 +323,7 @@ class HTTPEndpoint:
             (SESSION_ID.encode(), subscription.session_id.encode()),
         ]
         try:
-            await respond(receive, send, headers)
+            await reader.respond(receive, send, headers)
         finally:
             self._hub.unsubscribe(subscription)
             if not reader.complete:

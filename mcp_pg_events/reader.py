@@ -30,13 +30,6 @@ CLOSE_TIMEOUT: Final = 0.5
 """How long a response that is to end may hang in a send to a client that takes nothing, in seconds."""
 
 
-AT_ONCE: Final = 0.05
-"""How long a call's answer is waited for before its response begins, in seconds: most are there by then, and go out
-whole. Any event, and any reason to end, ends the wait."""
-AT_ONCE_BYTES: Final = 32 * 1024
-"""What may go out so: less than any server's write buffer, so that nothing has to watch over a client that stalls."""
-
-
 @dataclass(frozen=True, slots=True)
 class ReaderOptions:
     """How responses behave: seconds, but `retry` (the client's reconnection time), which is milliseconds."""
@@ -105,28 +98,6 @@ class SSEReader:
             # Cut short, perhaps only since this worker is busy: a clean end, where the client takes it at once.
             with anyio.move_on_after(0, shield=True):
                 await send(end)
-
-    async def answer(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the response to a call: in one piece, with its length, where the call ends within a moment.
-
-        It reads as any other, with its priming event. But a head, a first event, the answer and the last chunk in a
-        write each, and a task that watches for the client's going, are most of what a short call costs.
-        """
-        subscription = self._subscription
-        await subscription.wait(AT_ONCE)
-        if subscription.behind or subscription.end_reason is not None or not _is_short_answer(subscription.events):
-            await self.respond(receive, send, headers)
-            return
-        events = subscription.take()
-        frames = [sse.frame(self._stream, event.seq, event.payload) for event in events]
-        if self._primes:
-            frames.insert(0, sse.priming_frame(self._stream, self.position, self._options.retry))
-        body = b"".join(frames)
-        self.position, self.complete = events[-1].seq, True
-        sized = [*headers, (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": sized})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-        telemetry.delivered(asyncio.get_running_loop().time() - events[0].since)
 
     async def _write(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time
@@ -209,13 +180,6 @@ class SSEReader:
 
     async def _send(self, send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def _is_short_answer(events: Sequence[Event]) -> bool:
-    """Whether a call's stream is there from its first event to its final, and small."""
-    if not events or not events[-1].final or events[-1].seq != len(events):
-        return False
-    return sum(len(event.payload) for event in events) <= AT_ONCE_BYTES
 
 
 async def read_final(

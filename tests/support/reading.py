@@ -101,10 +101,6 @@ class Client:
         """Wait until the event of this number has arrived."""
         await self._wait_for(lambda: seq in self.seqs)
 
-    async def primed(self) -> None:
-        """Wait until anything has arrived."""
-        await self._wait_for(lambda: bool(self.items))
-
     async def kept_alive(self, times: int) -> None:
         """Wait until so many keep-alives have arrived."""
         await self._wait_for(lambda: self.items.count(sse.Comment("keep-alive")) >= times)
@@ -119,9 +115,7 @@ class Client:
 class Reading:
     """A response under way, and everything around it."""
 
-    def __init__(
-        self, log: MemoryLog, *, position: int = 0, primes: bool = True, at_once: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, log: MemoryLog, *, position: int = 0, primes: bool = True, **options: Any) -> None:
         self.log = log
         self.hub = Hub()
         self.subscription = self.hub.subscribe(STREAM, "session", 1)
@@ -134,8 +128,7 @@ class Reading:
             primes=primes,
             options=ReaderOptions(**{"keep_alive": NEVER, "poll_interval": NEVER, **options}),
         )
-        respond = self.reader.answer if at_once else self.reader.respond
-        self.task = asyncio.create_task(respond(self.client.receive, self.client.send, [(b"a", b"b")]))
+        self.task = asyncio.create_task(self.reader.respond(self.client.receive, self.client.send, [(b"a", b"b")]))
 
     def live(self, count: int = 1, *, size: int = 1, final: bool = False) -> None:
         """This worker's appends: stored, then published."""

@@ -192,45 +192,6 @@ async def test_a_quiet_response_is_kept_alive_without_reading_the_log() -> None:
         assert r.log.reads == []
 
 
-# Short answers
-
-
-async def test_an_answer_that_comes_at_once_is_one_piece_of_known_length() -> None:
-    async with reading(at_once=True, retry=250) as r:
-        r.live(2, final=True)
-        await r.end()
-    head, body = r.client.sent
-    assert dict(head["headers"])[b"content-length"] == b"%d" % len(body["body"])
-    assert body["more_body"] is False
-    assert r.client.items[0] == sse.Event(f"{STREAM}-0", "message", "", 250)
-    assert (r.client.seqs, r.reader.position, r.reader.complete) == ([1, 2], 2, True)
-
-
-@pytest.mark.parametrize("what", ["an event", "too much", "a wake-up", "an end", "nothing"])
-async def test_anything_but_a_short_answer_begins_a_stream(what: str) -> None:
-    async with reading(at_once=True) as r:
-        match what:
-            case "an event":
-                r.live(1)
-            case "too much":
-                r.live(1, size=reader.AT_ONCE_BYTES + 1, final=True)
-            case "a wake-up":
-                r.log.grow(1, final=True)
-                r.hub.wake(STREAM)
-            case "an end":
-                r.subscription.end("drained")
-        if what in ("an event", "nothing"):
-            if what == "an event":
-                await r.client.until(1)
-            else:
-                await r.client.primed()
-            r.live(1, final=True)
-        await r.end()
-    assert b"content-length" not in dict(r.client.sent[0]["headers"])
-    assert r.client.items[0] == sse.Event(f"{STREAM}-0", "message", "", None)
-    assert r.client.seqs == list(range(1, len(r.log.events) + 1))
-
-
 # Priming (invariant 17)
 
 
