@@ -44,7 +44,11 @@ class SessionLimit(Exception):
 
 
 class RequestInFlight(Exception):
-    """The session has a running request with this id."""
+    """The session has a running request with this id; `stream` is its stream, where another worker runs it."""
+
+    def __init__(self, stream: int | None = None) -> None:
+        super().__init__(stream)
+        self.stream = stream
 
 
 class CursorRejected(Exception):
@@ -208,6 +212,10 @@ class EventLog(Protocol):
         self, key: SessionKey, *, request_id: str, request_key: str, method: str, restore: bool
     ) -> Call:
         """Raises `SessionUnknown` and `RequestInFlight`."""
+        ...
+
+    async def abandoned(self, stream: int) -> bool:
+        """Whether the worker that runs a stream's call seems to be gone."""
         ...
 
     async def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> int:

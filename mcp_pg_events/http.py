@@ -16,29 +16,24 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import anyio
-import pydantic_core
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from mcp_types import (
     INTERNAL_ERROR,
-    INVALID_PARAMS,
     INVALID_REQUEST,
-    PARSE_ERROR,
     ErrorData,
     JSONRPCError,
-    JSONRPCMessage,
     JSONRPCRequest,
     JSONRPCResponse,
-    jsonrpc_message_adapter,
 )
 from mcp_types.version import is_version_at_least
-from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import sse, telemetry
+from .answers import Answer, cursor_error, dump, error_response, parse
 from .backend import (
     Attachment,
     Call,
@@ -83,14 +78,6 @@ class EndpointOptions:
     reader: ReaderOptions
 
 
-class _Answer(Exception):
-    """The request is answered with this response instead of what it asked for."""
-
-    def __init__(self, response: Response) -> None:
-        super().__init__()
-        self.response = response
-
-
 class HTTPEndpoint:
     """The ASGI app that serves handshake-era requests of one MCP endpoint."""
 
@@ -107,7 +94,7 @@ class HTTPEndpoint:
         try:
             refusal = await self._security.validate_request(request, is_post=request.method == "POST")
             if refusal is not None:
-                raise _Answer(refusal)
+                raise Answer(refusal)
             match request.method:
                 case "POST":
                     await self._post(request, receive, send)
@@ -116,23 +103,23 @@ class HTTPEndpoint:
                 case "DELETE":
                     await self._delete(request)
                 case _:
-                    raise _Answer(_error(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
-        except _Answer as answer:
+                    raise Answer(error_response(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
+        except Answer as answer:
             await answer.response(scope, receive, send)
         except SessionUnknown:
-            await _error(404, "Session not found")(scope, receive, send)
+            await error_response(404, "Session not found")(scope, receive, send)
         except DatabaseRefused as error:
             self._store.note_outage(error)
-            await _error(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
+            await error_response(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
         except DatabaseUnavailable as error:
             self._store.note_outage(error)
-            unavailable = _error(
+            unavailable = error_response(
                 503, "The session store is unavailable, try again", INTERNAL_ERROR, headers={"Retry-After": "1"}
             )
             await unavailable(scope, receive, send)
         except Error as error:
             logger.error("A request failed: %s", error)
-            await _error(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
+            await error_response(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
         except ClientDisconnect:
             logger.debug("A client went before its request was whole")
 
@@ -142,34 +129,50 @@ class HTTPEndpoint:
         has_json, has_sse = check_accept_headers(request)
         if not (has_json and (has_sse or self._options.json_response)):
             kinds = "application/json" if self._options.json_response else "both application/json and text/event-stream"
-            raise _Answer(_error(406, f"Not Acceptable: Client must accept {kinds}"))
+            raise Answer(error_response(406, f"Not Acceptable: Client must accept {kinds}"))
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise _Answer(_error(415, "Unsupported Media Type: Content-Type must be application/json"))
+            raise Answer(error_response(415, "Unsupported Media Type: Content-Type must be application/json"))
         body = await request.body()
-        message = _parse(body)
+        message = parse(body)
         telemetry.received(request.scope, message)
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and len(body) > INITIALIZE_BYTES:
-            raise _Answer(_error(413, "Request body too large", INVALID_REQUEST))
+            raise Answer(error_response(413, "Request body too large", INVALID_REQUEST))
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
             await self._open_session(message, body, request, receive, send)
             return
         key = self._session_key(request)
         if not isinstance(message, JSONRPCRequest):
             await self._sessions.route(key, message, body, request)
-            raise _Answer(Response(status_code=202, headers={SESSION_ID: key.session_id}))
+            raise Answer(Response(status_code=202, headers={SESSION_ID: key.session_id}))
         # From the stream's opening to its dispatch nothing may come between: an open stream that nobody works on would
         # leave its client waiting. Both are bounded.
-        with anyio.CancelScope(shield=True):
-            call, subscription = await self._start(key, message, body, request)
+        try:
+            with anyio.CancelScope(shield=True):
+                call, subscription = await self._start(key, message, body, request)
+        except RequestInFlight as running:
+            if running.stream is None or self._options.json_response or not await self._abandoned(running.stream):
+                conflict = "A request with this id is already in progress in this session"
+                raise Answer(error_response(409, conflict)) from None
+            await self._resume(key, running.stream, 0, request, receive, send)
+            return
         await self._respond(call.stream, call.protocol_version, subscription, receive, send)
+
+    async def _abandoned(self, stream: int) -> bool:
+        """Whether a request that is in flight lost its worker. Then this is the same one, which a load balancer sends
+        again since it got no answer: it is given the stream, and with it the end of the call.
+
+        A kill frees the worker's lock within some milliseconds, and a load balancer is as quick.
+        """
+        for pause in (0.0, 0.05, 0.2):
+            await asyncio.sleep(pause)
+            if await self._log.abandoned(stream):
+                return True
+        return False
 
     async def _start(
         self, key: SessionKey, message: JSONRPCRequest, body: bytes, request: Request
     ) -> tuple[Call, Subscription]:
-        try:
-            call = await self._sessions.open_stream(key, message, body)
-        except RequestInFlight:
-            raise _Answer(_error(409, "A request with this id is already in progress in this session")) from None
+        call = await self._sessions.open_stream(key, message, body)
         subscription = self._hub.subscribe(
             call.stream.number, key.session_id, 1, resumable=self._primes(call.protocol_version)
         )
@@ -181,7 +184,7 @@ class HTTPEndpoint:
             self._hub.unsubscribe(subscription)
             error = ErrorData(code=INTERNAL_ERROR, message="The session could not be restored on this worker")
             failure = JSONRPCError(jsonrpc="2.0", id=message.id, error=error)
-            self._store.spawn(self._log.append(call.stream, _dump(failure), final=True))
+            self._store.spawn(self._log.append(call.stream, dump(failure), final=True))
             raise
         return call, subscription
 
@@ -190,8 +193,10 @@ class HTTPEndpoint:
     ) -> None:
         """A client's first request: its session is recorded before its id leaves the process."""
         if self._store.draining:
-            raise _Answer(
-                _error(503, "The server is shutting down, try again", INTERNAL_ERROR, headers={"Retry-After": "1"})
+            raise Answer(
+                error_response(
+                    503, "The server is shutting down, try again", INTERNAL_ERROR, headers={"Retry-After": "1"}
+                )
             )
         key = self._key(request, uuid4().hex)
         recorded = established = False
@@ -202,7 +207,7 @@ class HTTPEndpoint:
                 raise DatabaseUnavailable("This worker lost its number while the session began; send it again")
             *notices, answer = answers
             if not isinstance(answer, JSONRPCResponse):
-                raise _Answer(Response(_dump(answer), media_type="application/json"))
+                raise Answer(Response(dump(answer), media_type="application/json"))
             version = str(answer.result["protocolVersion"])
             with anyio.CancelScope(shield=True):
                 opened = await self._log.open_session(
@@ -217,12 +222,12 @@ class HTTPEndpoint:
                 recorded = True
                 session.standalone = Stream(opened.standalone, key.session_id, shared=True)
                 for notice in notices:
-                    await self._log.append(opened.stream, _dump(notice))
-                await self._log.append(opened.stream, _dump(answer), final=True)
+                    await self._log.append(opened.stream, dump(notice))
+                await self._log.append(opened.stream, dump(answer), final=True)
                 established = True
         except SessionLimit as limit:
             logger.warning("Refusing to open a new session: %s", limit)
-            raise _Answer(_error(503, "Too many open sessions", INTERNAL_ERROR)) from None
+            raise Answer(error_response(503, "Too many open sessions", INTERNAL_ERROR)) from None
         finally:
             if not established:
                 self._sessions.session_ended(key.session_id)
@@ -249,9 +254,9 @@ class HTTPEndpoint:
         finally:
             self._hub.unsubscribe(subscription)
         if payload is None:
-            raise _Answer(_error(500, "Session terminated before the request completed", INTERNAL_ERROR))
+            raise Answer(error_response(500, "Session terminated before the request completed", INTERNAL_ERROR))
         headers = {SESSION_ID: stream.session_id}
-        raise _Answer(Response(payload, media_type="application/json", headers=headers))
+        raise Answer(Response(payload, media_type="application/json", headers=headers))
 
     def _primes(self, protocol_version: str) -> bool:
         """Whether a POST's response begins with an event that its client can resume from (2025-11-25 and later)."""
@@ -261,7 +266,7 @@ class HTTPEndpoint:
 
     async def _get(self, request: Request, receive: Receive, send: Send) -> None:
         if not check_accept_headers(request)[1]:
-            raise _Answer(_error(406, "Not Acceptable: Client must accept text/event-stream"))
+            raise Answer(error_response(406, "Not Acceptable: Client must accept text/event-stream"))
         key = self._session_key(request)
         stream: int | None = None
         after: int | None = None
@@ -270,19 +275,25 @@ class HTTPEndpoint:
                 # Whose session it is comes first, so that this tells nobody anything.
                 await self._log.find_session(key)
                 telemetry.resumed("malformed")
-                raise _Answer(_cursor_error("malformed"))
+                raise Answer(cursor_error("malformed"))
             stream, after = cursor
+        await self._resume(key, stream, after, request, receive, send)
+
+    async def _resume(
+        self, key: SessionKey, stream: int | None, after: int | None, request: Request, receive: Receive, send: Send
+    ) -> None:
+        """Answer with what follows a position of a stream, as its newest reader."""
         try:
             attachment = await self._attach(key, stream, after, request)
         except CursorRejected as rejected:
             telemetry.resumed(rejected.reason)
-            raise _Answer(_cursor_error(rejected.reason)) from None
+            raise Answer(cursor_error(rejected.reason)) from None
         if attachment.complete:
             telemetry.resumed("complete")
             # Nothing will ever follow. 204 tells a client to stop asking (HTML standard, 9.2): the TypeScript SDK's
             # does not take an error for the end of a call, and would come back for ever.
             headers = {SESSION_ID: key.session_id, "content-type": "text/event-stream"}
-            raise _Answer(Response(status_code=204, headers=headers))
+            raise Answer(Response(status_code=204, headers=headers))
         subscription = self._hub.subscribe(attachment.stream, key.session_id, attachment.generation)
         subscription.fall_behind()
         replay = telemetry.Replay(counted=after is not None)
@@ -335,14 +346,14 @@ class HTTPEndpoint:
         key = self._session_key(request)
         with anyio.CancelScope(shield=True):
             await self._log.end_session(key, "deleted")
-        raise _Answer(Response(status_code=200, media_type="application/json", headers={SESSION_ID: key.session_id}))
+        raise Answer(Response(status_code=200, media_type="application/json", headers={SESSION_ID: key.session_id}))
 
     # --- who asks -----------------------------------------------------------------------------------------------------
 
     def _session_key(self, request: Request) -> SessionKey:
         session_id = request.headers.get(SESSION_ID)
         if session_id is None:
-            raise _Answer(_error(400, "Bad Request: Missing session ID"))
+            raise Answer(error_response(400, "Bad Request: Missing session ID"))
         if _SESSION_ID_PATTERN.fullmatch(session_id) is None:
             raise SessionUnknown
         return self._key(request, session_id)
@@ -361,48 +372,3 @@ class HTTPEndpoint:
             return None
         context = authorization_context(user)
         return json.dumps([context["client_id"], context["issuer"], context["subject"]])
-
-
-def _parse(body: bytes) -> JSONRPCMessage:
-    try:
-        raw = pydantic_core.from_json(body)
-    except ValueError as error:
-        raise _Answer(_error(400, f"Parse error: {error}", PARSE_ERROR)) from None
-    if isinstance(raw, dict) and "method" in raw and "id" in raw and not _is_request_id(raw["id"]):
-        # The SDK's models would take it for a notification, and nobody would ever answer.
-        raise _Answer(_error(400, "Invalid request: an id is a string or an integer", INVALID_REQUEST))
-    try:
-        return jsonrpc_message_adapter.validate_python(raw, by_name=False)
-    except ValidationError as error:
-        details = "; ".join(sorted({item["msg"] for item in error.errors(include_input=False, include_url=False)}))
-        raise _Answer(
-            _error(400, f"Validation error: not a JSON-RPC message ({details[:300]})", INVALID_PARAMS)
-        ) from None
-
-
-def _is_request_id(value: object) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def _dump(message: JSONRPCMessage) -> bytes:
-    return message.model_dump_json(by_alias=True, exclude_unset=True).encode()
-
-
-_CURSOR_ERRORS: Final = {
-    "malformed": "Last-Event-ID is malformed: it is none of the ids that this server gives",
-    "unknown": "Last-Event-ID is unknown in this session",
-    "expired": "Last-Event-ID has expired: events after it are no longer kept",
-}
-
-
-def _cursor_error(reason: str) -> Response:
-    return _error(400, _CURSOR_ERRORS[reason], INVALID_PARAMS, data={"reason": reason})
-
-
-def _error(
-    status: int, message: str, code: int = INVALID_REQUEST, *, data: Any = None, headers: dict[str, str] | None = None
-) -> Response:
-    """A JSON-RPC error without a request id, since it answers the HTTP request."""
-    error = ErrorData(code=code, message=message) if data is None else ErrorData(code=code, message=message, data=data)
-    body = _dump(JSONRPCError(jsonrpc="2.0", id=None, error=error))
-    return Response(body, status_code=status, media_type="application/json", headers=headers)

@@ -232,7 +232,7 @@ class Log:
                 raise self._gone(me)
             if number is None:
                 if busy is None or busy_worker != me or busy == running or self._writer.owns(busy):
-                    raise RequestInFlight
+                    raise RequestInFlight(busy if busy_worker != me else None)
                 # This worker's, it runs nothing under the id, and nobody else here opens it: the statement ran twice,
                 # since its first answer was lost.
                 number, created_at = busy, busy_created_at
@@ -259,6 +259,11 @@ class Log:
         """Raise DatabaseUnavailable where `worker` is no longer this worker's number."""
         if worker != self._identity.number or self._writer.lost:
             raise DatabaseUnavailable(_RENEWING)
+
+    async def abandoned(self, stream: int) -> bool:
+        """Whether the worker of a stream's call has lost its lock, or has been ended."""
+        rows = await self._database.fetch(self._queries.abandoned, {"stream": stream})
+        return bool(rows and rows[0][0])
 
     def runs(self, stream: int) -> bool:
         """Whether the call that `stream` belongs to runs here."""

@@ -248,6 +248,10 @@ _statement(
     """,
 )
 _statement(
+    "abandoned",
+    "SELECT t.final_seq IS NOT NULL OR NOT {s}.holds_lock(t.worker) FROM {s}.streams t WHERE t.number = %(stream)s",
+)
+_statement(
     "set_log_level",
     "UPDATE {s}.sessions SET log_level = %(level)s, told = told + 1 WHERE id = %(session)s AND ended_at IS NULL "
     "RETURNING told",

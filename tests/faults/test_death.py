@@ -52,6 +52,26 @@ async def rows(dsn: str, query: str, *parameters: object) -> list[tuple]:
         return await (await connection.execute(query, parameters or None)).fetchall()
 
 
+async def test_a_request_that_is_sent_again_since_its_worker_was_killed_is_given_its_end(
+    migrated: str, start_workers: StartWorkers
+) -> None:
+    """As a load balancer does whose first attempt was cut before the headers."""
+    workers = await start_workers("mcpserver_app", 2)
+    session = await Session.initialize(workers[0].url)
+    response, _ = await waiting_call(workers, session, "a")
+    await trusted(workers, migrated)
+    refused = await session.call("wait", {"key": "a"}, id="a", base_url=workers[1].url)
+    assert refused.status == 409, "its worker lives"
+    killing = asyncio.create_task(workers[0].kill())
+    again = await session.call("wait", {"key": "a"}, id="a", base_url=workers[1].url)
+    await killing
+    assert again.status == 200
+    final = (await final_of(again, 4)).message
+    assert (final["id"], final["error"]["data"]) == ("a", {"reason": "worker_lost"})
+    assert await rows(migrated, "SELECT count(*) FROM mcp_events.streams WHERE request_id = '\"a\"'") == [(1,)]
+    response.close()
+
+
 async def test_a_killed_worker_gives_its_calls_an_error_to_who_waits_and_who_returns(
     migrated: str, start_workers: StartWorkers
 ) -> None:

@@ -234,8 +234,9 @@ def test_the_reference_has_every_status_and_code() -> None:
     text = section("reference/errors.md", "HTTP statuses")
     documented = {(row[0], row[1]) for row in table(text)}
     used = set()
-    for node in ast.walk(ast.parse((PACKAGE / "http.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_error":
+    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("http.py", "answers.py")]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "error_response":
             status, _, *code = node.args
             assert isinstance(status, ast.Constant)
             name = code[0].id if code and isinstance(code[0], ast.Name) else "INVALID_REQUEST"
