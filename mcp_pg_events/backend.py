@@ -91,6 +91,10 @@ class Stream:
     """Its final is on its way or stored: nothing more is taken."""
     ended: bool = False
     """Somebody else wrote its final: what still waits to be stored is refused."""
+    read_elsewhere: bool = False
+    """Its reader may be on another worker, which is to be woken after each commit."""
+    reader_generation: int = 1
+    """The newest reader that this worker knows of."""
     on_ended: Callable[[], None] | None = field(default=None, repr=False)
     """Called when somebody else wrote the final: the session ended, or this worker was declared dead."""
 

@@ -337,6 +337,7 @@ class Log:
         generation, final_seq, floor, given_at, _ = rows[0]
         if generation is None:
             raise CursorRejected("expired" if position < floor else "unknown")
+        self._writer.attached(number, generation, here=True)
         if given_at is not None:
             bound = max(bound, given_at - MARGIN)
         complete = final_seq is not None and position >= final_seq

@@ -1,9 +1,12 @@
 """Tells other workers that streams which their clients read have grown.
 
-After a commit the writer leaves the streams here. One statement, on a connection of its own, looks up who reads them
-elsewhere, and notifies those workers; while it runs, further streams gather, so notifications coalesce. It may not ride
-in the append's transaction (NOTIFY takes a database-wide lock until the commit), nor look before the commit (a reader
-that attaches in between would miss both the history and the wake-up). Next: `listener.py` on the other worker.
+After a commit the writer leaves here the streams that may be read elsewhere: those of which it was told so by the
+commit that attached the reader (`sql/tell_owner.sql`), and those that several workers write to. One statement, on a
+connection of its own, looks up who reads them now, and notifies those workers; while it runs, further streams gather,
+so notifications coalesce. It may not ride in the append's transaction (NOTIFY takes a database-wide lock until the
+commit), nor look before the commit (a reader that attaches in between would miss both the history and the wake-up).
+A reader that attached before a commit which does not know of it yet is woken when its attachment is heard of.
+Next: `listener.py` on the other worker.
 """
 
 from __future__ import annotations

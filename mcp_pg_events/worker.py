@@ -263,6 +263,11 @@ class Worker:
             case "k":
                 stream, _, generation = rest.partition(":")
                 self.hub.supersede(int(stream), int(generation))
+            case "a":
+                stream, _, generation = rest.partition(":")
+                self.writer.attached(int(stream), int(generation), here=False)
+                # Also for what was committed before this came, and for a stream that has ended since.
+                self.waker.add({int(stream)})
             case "c":
                 self.hub.end_stream(int(rest), "closed")
             case "i":
@@ -278,6 +283,7 @@ class Worker:
     def _resync(self) -> None:
         self.hub.wake_all()
         self.inbox.check()
+        self.writer.doubt_readers()
         self.writer.look_for_ended()
 
     def _deliver(self, session_id: str, payload: str, carried: CarriedStream | None) -> None:
@@ -291,6 +297,8 @@ class Worker:
                 carried.created_at,
                 carried.request_key,
             )
+            # Its client asked another worker, and reads there.
+            stream.read_elsewhere = True
         if not any([app.receive(session_id, payload, stream) for app in self.apps]):
             if stream is not None:
                 self.writer.ended_elsewhere(stream.number)

@@ -156,6 +156,19 @@ class Writer:
             self._closing.clear()
             await self._closing.wait()
 
+    def attached(self, number: int, generation: int, *, here: bool) -> None:
+        """A reader attached to a stream, here or elsewhere. Which of two is the newer, its generation says: what is
+        heard of the other worker's may come before or after this one's own."""
+        stream = self._open.get(number)
+        if stream is not None and generation > stream.reader_generation:
+            stream.reader_generation, stream.read_elsewhere = generation, not here
+
+    def doubt_readers(self) -> None:
+        """Readers may have attached elsewhere without a word of it coming here."""
+        for stream in self._open.values():
+            stream.read_elsewhere = True
+        self._wake(set(self._open))
+
     def running(self, session_id: str, request_key: str) -> int | None:
         """The stream of the session's request that runs here under this key."""
         return self._running.get((session_id, request_key))
@@ -322,7 +335,8 @@ class Writer:
                 entry.stream.closed = True
                 entry.fail(AppendRefused(_ENDED))
                 continue
-            streams.add(entry.stream.number)
+            if entry.stream.shared or entry.stream.read_elsewhere:
+                streams.add(entry.stream.number)
             entry.stream.stored = entry.seq
             self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at, self._since))
             if entry.final:
@@ -330,7 +344,8 @@ class Writer:
             if not entry.done.done():
                 entry.done.set_result(entry.seq)
         telemetry.stored(len(batch) - refused, asyncio.get_running_loop().time() - self._since)
-        self._wake(streams)
+        if streams:
+            self._wake(streams)
 
     # --- when it does not work ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from mcp_pg_events import PostgresStore
-from mcp_pg_events.backend import Event, RequestInFlight, Stream
+from mcp_pg_events.backend import Attachment, Event, RequestInFlight, SessionKey, Stream
 from mcp_pg_events.errors import AppendRefused
 from tests.support.log import (
     NOTE,
@@ -26,6 +26,7 @@ from tests.support.log import (
     running,
     standalone,
     stored,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -197,6 +198,13 @@ async def heard(connection: psycopg.AsyncConnection[Any], sender: PostgresStore)
     raise AssertionError("The sentinel did not come.")
 
 
+async def attach_elsewhere(other: PostgresStore, key: SessionKey, stream: Stream) -> Attachment:
+    """Attach a reader, and wait until the stream's owner has heard of it."""
+    held = await other.log.attach(key, stream.number, 0, patience=1)
+    await until(lambda: stream.read_elsewhere)
+    return held
+
+
 async def test_only_a_remote_reader_costs_a_notification(migrated: str) -> None:
     async with (
         running(migrated, 2) as (store, other),
@@ -214,15 +222,15 @@ async def test_only_a_remote_reader_costs_a_notification(migrated: str) -> None:
 
         # A second stream of the same worker gets a reader elsewhere: it alone is announced.
         remote = await open_call(store, key, 2)
-        await other.log.attach(key, remote.number, 0, patience=1)
-        assert await heard(side, store) == [f"k{remote.number}:2"]
+        await attach_elsewhere(other, key, remote)
+        assert await heard(side, store) == [f"k{remote.number}:2", f"a{remote.number}:2", f"s{remote.number}"]
         await asyncio.gather(store.log.append(local, NOTE), store.log.append(remote, NOTE))
         assert await heard(side, store) == [f"s{remote.number}"]
 
         # What one flush stores is one notification, and what has no payloads in it.
         streams = [await open_call(store, key, number) for number in range(3, 103)]
         for stream in streams:
-            await other.log.attach(key, stream.number, 0, patience=1)
+            await attach_elsewhere(other, key, stream)
         await heard(side, store)
         before = parts(store).waker.sent
         await asyncio.gather(*(store.log.append(stream, NOTE) for stream in streams for _ in range(5)))
@@ -237,7 +245,7 @@ async def test_only_a_remote_reader_costs_a_notification(migrated: str) -> None:
         assert await heard(side, store) == []
 
         # It goes elsewhere once more, and then away.
-        away = await other.log.attach(key, remote.number, 0, patience=1)
+        away = await attach_elsewhere(other, key, remote)
         await heard(side, store)
         await store.log.detach(remote.number, home.generation, 3)
         await store.log.append(remote, NOTE)
