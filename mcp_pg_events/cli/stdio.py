@@ -174,17 +174,8 @@ def application() -> Application:
 
 
 def _make_app(plan: _Plan) -> Application:
-    from mcp.server.transport_security import TransportSecuritySettings
+    from ..proxy.stdio import loopback_security, stdio_app
 
-    from ..proxy.stdio import stdio_app
-
-    # As the SDK's own apps: a page in the user's browser must not reach what listens on loopback alone.
-    names = ("127.0.0.1:*", "localhost:*", "[::1]:*")
-    security = TransportSecuritySettings(
-        enable_dns_rebinding_protection=True,
-        allowed_hosts=list(names),
-        allowed_origins=[f"http://{name}" for name in names],
-    )
     return stdio_app(
         plan.command,
         plan.dsn,
@@ -195,7 +186,7 @@ def _make_app(plan: _Plan) -> Application:
         max_processes=plan.max_processes,
         idle_timeout=plan.idle_timeout,
         start_timeout=plan.start_timeout,
-        security=security if plan.host in _LOOPBACK else None,
+        security=loopback_security() if plan.host in _LOOPBACK else None,
         listen_dsn=plan.listen_dsn,
         schema=plan.schema,
     )

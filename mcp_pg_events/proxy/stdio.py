@@ -33,7 +33,7 @@ from ..telemetry import Traced
 from .process import Command
 from .stdio_sessions import ProcessSessions
 
-__all__ = ["stdio_app"]
+__all__ = ["loopback_security", "stdio_app"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,17 @@ def stdio_app(
 
     routes = health_routes(store, live=live_path, ready=ready_path)
     return Starlette(routes=[*routes, Route(path, endpoint=gate)], lifespan=lifespan)
+
+
+def loopback_security() -> TransportSecuritySettings:
+    """The checks that the SDK's own apps make on the loopback interface: a page in the user's browser must not reach
+    what nobody else can."""
+    names = ("127.0.0.1:*", "localhost:*", "[::1]:*")
+    return TransportSecuritySettings(
+        enable_dns_rebinding_protection=True,
+        allowed_hosts=list(names),
+        allowed_origins=[f"http://{name}" for name in names],
+    )
 
 
 def _name(command: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from mcp import Client
 from mcp.client.context import ClientRequestContext
 from mcp_types import (
     CreateMessageRequestParams,
@@ -186,6 +187,13 @@ async def test_requests_without_a_session_of_their_own_are_refused_on_any_replic
         assert (await session.call("echo", {"text": "x"}, base_url=url)).status == 404
     workers.release("busy")
     assert "result" in await waiting.result()
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_of_both_eras_finds_the_one_that_is_served(mode: str, shared_workers: SharedWorkers) -> None:
+    workers = await shared_workers("stdio_app")
+    async with Client(f"{workers[0].url}/mcp", mode=mode) as client:
+        assert (await client.call_tool("echo", {"text": "hello"})).content[0].text == "hello"
 
 
 async def test_a_session_is_its_openers_alone(start_workers: StartWorkers) -> None:
