@@ -205,6 +205,9 @@ class HTTPEndpoint:
             answers = await session.initialize(message, body, request)
             if not answers:
                 raise DatabaseUnavailable("This worker lost its number while the session began; send it again")
+            if self._sessions.bound and await request.is_disconnected():
+                # It had not the patience for what has to be started, and would never learn the session's id.
+                raise ClientDisconnect
             *notices, answer = answers
             if not isinstance(answer, JSONRPCResponse):
                 raise Answer(Response(dump(answer), media_type="application/json"))

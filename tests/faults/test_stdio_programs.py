@@ -42,6 +42,17 @@ async def test_a_program_that_does_not_come_up_is_an_error_of_initialize(
     assert await rows(migrated, "SELECT FROM mcp_events.sessions") == []
 
 
+async def test_a_program_that_its_client_did_not_wait_for_is_ended(migrated: str, start_workers: StartWorkers) -> None:
+    workers = await start_workers("stdio_app", 1, options=program("slow"))
+    asking = asyncio.create_task(request("POST", workers[0].url + "/mcp", headers=HEADERS, body=INITIALIZE))
+    await until(lambda: logged(workers, "stderr: program "))
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    pid = int(workers[0].output().split("stderr: program ")[-1].split()[0])
+    await until(lambda: gone(pid))
+    assert await rows(migrated, "SELECT FROM mcp_events.sessions") == []
+
+
 async def test_noise_on_the_output_is_ignored_and_never_logged(start_workers: StartWorkers) -> None:
     workers = await start_workers("stdio_app", 1, options=program("noisy"))
     session = await Session.initialize(workers[0].url)
@@ -136,6 +147,7 @@ async def test_a_program_that_reads_nothing_has_its_requests_refused_in_the_end(
     assert lengths == ["1000000"] * (12 - len(refused))
 
 
+@pytest.mark.slow
 async def test_messages_of_fifty_megabytes_pass_both_ways_through_either_replica(shared_workers: SharedWorkers) -> None:
     workers = await shared_workers("stdio_app")
     session = await Session.initialize(workers[0].url)

@@ -86,6 +86,18 @@ async def test_a_drained_replica_lets_calls_finish_and_ends_idle_sessions_at_onc
     workers.assert_clean_logs()
 
 
+async def test_what_does_not_finish_while_its_replica_drains_ends_with_an_error(start_workers: StartWorkers) -> None:
+    workers = await start_workers("stdio_app", 2, options=program(drain_timeout=1.0))
+    session = await Session.initialize(workers[0].url)
+    pid = await pid_of(session)
+    there = workers[1].url
+    running = await waiting_call(workers, session, "never", base_url=there)
+    workers[0].signal(signal.SIGTERM)
+    assert await reason_of(running) == "shutdown"
+    await until(lambda: gone(pid))
+    assert (await session.call("echo", {"text": "x"}, base_url=there)).status == 404
+
+
 async def test_programs_are_as_many_as_their_cap(start_workers: StartWorkers) -> None:
     workers = await start_workers("stdio_app", 2, options=program(max_processes=2))
     sessions = [await Session.initialize(workers[0].url) for _ in range(2)]
