@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Dsn", "LogLevel", "Schema"]
+__all__ = ["Dsn", "Host", "Level", "LivePath", "LogLevel", "Port", "ReadyPath", "Schema", "Workers"]
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
@@ -28,3 +28,17 @@ Schema = Annotated[
         show_default=False,
     ),
 ]
+
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")]
+
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+
+Workers = Annotated[int, typer.Option(min=1, help="Worker processes. Any of them takes any request of any session.")]
+
+LivePath = Annotated[str, typer.Option(help="Answers 200 as long as the process runs; '' leaves it out.")]
+
+ReadyPath = Annotated[
+    str, typer.Option(help="Answers 200, and 503 while starting, draining or without a database; '' leaves it out.")
+]
+
+Level = Annotated[LogLevel, typer.Option(help="The least severe messages to log.")]

@@ -16,7 +16,7 @@ import typer
 from ..embedded import default_home, embedded_postgres
 from ..errors import ConfigurationError
 from ..settings import Settings
-from .options import Dsn, LogLevel, Schema
+from .options import Dsn, Host, Level, LivePath, Port, ReadyPath, Schema, Workers
 from .running import exit_cleanly, listen, run, shown
 
 __all__ = ["serve"]
@@ -32,22 +32,15 @@ def serve(
             show_default=False,
         ),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Worker processes. Any of them serves any request of any session.")
-    ] = 1,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    workers: Workers = 1,
     dsn: Dsn = None,
     schema: Schema = None,
     path: Annotated[str, typer.Option(help="The endpoint's path. An ASGI app has its own.")] = "/mcp",
-    live_path: Annotated[
-        str, typer.Option(help="Answers 200 as long as the process runs; '' leaves it out.")
-    ] = "/livez",
-    ready_path: Annotated[
-        str,
-        typer.Option(help="Answers 200, and 503 while starting, draining or without a database; '' leaves it out."),
-    ] = "/readyz",
-    log_level: Annotated[LogLevel, typer.Option(help="The least severe messages to log.")] = "info",
+    live_path: LivePath = "/livez",
+    ready_path: ReadyPath = "/readyz",
+    log_level: Level = "info",
 ) -> None:
     """Serve an MCP server whose sessions and streams outlive connections, workers and restarts.
 
