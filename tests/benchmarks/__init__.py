@@ -1,4 +1,4 @@
-"""Benchmarks against the peers, in one run and in alternating rounds: `python -m tests.benchmarks`.
+"""Benchmarks against the peers, in one run and in alternating rounds: `python -m tests.benchmarks --docs`.
 
 Each module but the helpers below is one benchmark: `run(bench)` adds figures and ratios to a report.
 
@@ -7,4 +7,5 @@ Each module but the helpers below is one benchmark: `run(bench)` adds figures an
     wire.py         a client of blocking sockets, which costs little and sees what arrives when it arrives
     figures.py      rounds, medians, ratios, tables, JSON
     charts.py       SVG
+    page.py         docs/benchmarks/ and the README's lines
 """

@@ -26,7 +26,7 @@ def run(bench: Bench, report: Report) -> None:
     if (wrk := shutil.which("wrk")) is None:
         report.notes.append("Not measured: wrk is not installed (`apt-get install wrk`, `brew install wrk`).")
         return
-    seconds = 1 if bench.short else 4
+    seconds = 1 if bench.short else 3
     counts = (16,) if bench.short else (1, 16, 64)
     subjects = [*SUBJECTS]
     if importlib.util.find_spec("aiosqlite") is not None:

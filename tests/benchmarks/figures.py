@@ -7,7 +7,7 @@ Absolute figures drift with the machine, so subjects alternate within each round
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -102,7 +102,26 @@ class Report:
             for (case, subject, metric), values in self.values.items()
         ]
         ratios = [asdict(ratio) | {"met": ratio.met} for ratio in self.ratios]
-        return {"name": self.name, "title": self.title, "figures": figures, "ratios": ratios, "notes": self.notes}
+        charts = [asdict(chart) for chart in self.charts]
+        return {
+            "name": self.name,
+            "title": self.title,
+            "figures": figures,
+            "ratios": ratios,
+            "notes": self.notes,
+            "charts": charts,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Report:
+        """The report that `as_json` wrote."""
+        report = cls(document["name"], document["title"], notes=document["notes"])
+        for figure in document["figures"]:
+            report.values[figure["case"], figure["subject"], figure["metric"]] = figure["rounds"]
+        for ratio in document["ratios"]:
+            report.ratios.append(Ratio(**{name: value for name, value in ratio.items() if name != "met"}))
+        report.charts = [Chart(**chart) for chart in document["charts"]]
+        return report
 
     def lines(self) -> Iterator[str]:
         """Markdown: a table of figures, the ratios, the notes."""
