@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -286,9 +286,9 @@ class Log:
             "This worker was declared dead and takes a new number; the request may be sent again"
         )
 
-    async def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> int:
+    def append(self, stream: Stream, payload: bytes, *, final: bool = False) -> Coroutine[Any, Any, int]:
         """See `Writer.append`."""
-        return await self._writer.append(stream, payload, final=final)
+        return self._writer.append(stream, payload, final=final)
 
     async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
         """See `Writer.enqueue`."""

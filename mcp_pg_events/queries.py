@@ -414,6 +414,7 @@ _statement(
     "wake",
     # After the commit, in a statement of its own: who reads elsewhere? Nobody, in the common case, and then nothing is
     # sent. 300 keys stay below the 8000 bytes of a notification. Reader's worker -1 never is.
+    # A transaction that notifies has a commit record, with nothing in it to lose: its flush is not waited for.
     """
     WITH remote AS (
         SELECT reader_worker, number,
@@ -421,7 +422,7 @@ _statement(
           FROM {s}.streams
          WHERE number = ANY(%(streams)b::bigint[]) AND reader_worker IS NOT NULL AND reader_worker <> %(me)s
     )
-    SELECT count(pg_notify(%(prefix)s::text || reader_worker, keys))
+    SELECT count(pg_notify(%(prefix)s::text || reader_worker, keys)), set_config('synchronous_commit', 'off', true)
       FROM (SELECT reader_worker, 's' || string_agg(number::text, ',') AS keys
               FROM remote GROUP BY reader_worker, part) n
     """,

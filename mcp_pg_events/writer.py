@@ -30,6 +30,8 @@ __all__ = ["Writer"]
 logger = logging.getLogger(__name__)
 
 BATCH_EVENTS: Final = 1000
+IN_STEP: Final = 32
+"""From how many events on it pays to store them in two halves."""
 BATCH_BYTES: Final = 8 * 1024 * 1024
 PENDING_BYTES: Final = 64 * 1024 * 1024
 """What may wait for the database before appends wait for room."""
@@ -188,14 +190,23 @@ class Writer:
             DatabaseUnavailable: the outage lasted longer than the bound.
             WorkerFenced: this worker was declared dead.
         """
-        return await (await self.enqueue(stream, payload, final=final))
+        if self._pending_bytes > PENDING_BYTES:
+            await self._wait_for_room()
+        return await self._place(stream, payload, final)
 
     async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
         """As `append`, but returns once the event has its place, with what becomes of it: so one task may have many
         events on their way, in its order."""
+        if self._pending_bytes > PENDING_BYTES:
+            await self._wait_for_room()
+        return self._place(stream, payload, final)
+
+    async def _wait_for_room(self) -> None:
         while self._pending_bytes > PENDING_BYTES and self._lost is None:
             self._room.clear()
             await self._room.wait()
+
+    def _place(self, stream: Stream, payload: bytes, final: bool) -> asyncio.Future[int]:
         if self._lost is not None:
             raise self._lost
         if stream.closed:
@@ -214,14 +225,25 @@ class Writer:
         return entry.done
 
     async def _run(self) -> None:
+        clock = asyncio.get_running_loop().time
+        began = ended = 0.0
+        stored = 0
         while True:
             await self._work.wait()
             self._work.clear()
             if self._unsure and not self._queue:
                 await self._flush([], self._appends.store_own)
+            limit = BATCH_EVENTS
+            took = ended - began
+            if min(len(self._queue), stored) >= IN_STEP and took / 2 < clock() - ended < took * 10:
+                # All waited for the last flush, and then the database for them. In two halves that take turns, one is
+                # stored while the other's callers run; but not where a commit is what takes the time.
+                limit = len(self._queue) // 2
             while self._queue:
-                self._since, self._oldest = self._oldest, asyncio.get_running_loop().time()
-                own, shared = self._take()
+                began = clock()
+                self._since = self._oldest
+                own, shared = self._take(limit)
+                limit = BATCH_EVENTS
                 self._taken = own + shared
                 try:
                     if own:
@@ -232,7 +254,8 @@ class Writer:
                     # Nothing that was foreseen; whoever waits is told, and the others go on.
                     logger.exception("Events could not be stored")
                     self._fail_taken(AppendRefused("The event was not stored; the server's log says why"))
-                self._taken = []
+                stored, self._taken = len(self._taken), []
+                ended = clock()
 
     def _fail_taken(self, error: Error) -> None:
         for entry in self._taken:
@@ -246,13 +269,13 @@ class Writer:
         self.ended_elsewhere(number)
         self._on_broken(number, reason)
 
-    def _take(self) -> tuple[list[Entry], list[Entry]]:
+    def _take(self, limit: int) -> tuple[list[Entry], list[Entry]]:
         own: list[Entry] = []
         shared: list[Entry] = []
         size = 0
         # Several objects may stand for a shared stream here, each unaware of the other's final.
         finals: set[int] = set()
-        while self._queue and len(own) + len(shared) < BATCH_EVENTS and size < BATCH_BYTES:
+        while self._queue and len(own) + len(shared) < min(limit, BATCH_EVENTS) and size < BATCH_BYTES:
             entry = self._queue.popleft()
             size += len(entry.payload)
             if not entry.stream.shared:
