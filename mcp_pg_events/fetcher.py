@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -105,8 +106,14 @@ class Fetcher:
         pages, holes = await self._query(requests, bound)
         if holes:
             # The clock was set back by more than the margin: the bound hid something.
-            again, _ = await self._query(holes, _BEGINNING)
+            again, still = await self._query(holes, _BEGINNING)
             pages |= again
+            # An ended stream has its end, unless that left with its partition.
+            pages |= {
+                request.stream: replace(pages[request.stream], expired=True)
+                for request in still
+                if not pages[request.stream].events and not pages[request.stream].ended
+            }
         for request in requests:
             page = pages.get(request.stream)
             if page is None:

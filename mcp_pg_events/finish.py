@@ -12,37 +12,21 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from mcp_types import CONNECTION_CLOSED
-
 from . import telemetry
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Database
+from .finals import MESSAGES, final_error
 from .hub import Hub
 from .queries import Queries
 
-__all__ = ["Finisher", "Suspect", "final_error"]
+__all__ = ["Finisher", "Suspect"]
 
 logger = logging.getLogger(__name__)
 
 IDLE_AT_ONCE: Final = 100
 PATIENCE: Final = 5.0
 """What the end of a session or of a worker may take, in seconds: it waits for the appends under way."""
-
-_MESSAGES: Final = {
-    "worker_lost": "The worker running this request is gone",
-    "session_ended": "The session ended before this request completed",
-    "shutdown": "The server shut down before this request completed",
-    "not_stored": "A message of this request could not be stored",
-    "data_lost": "The server's database lost a part of this response",
-    "outage": "The server lost its database before this request completed",
-    "process_lost": "The server's process ended before this request completed",
-}
-
-
-def final_error(reason: str) -> dict[str, Any]:
-    """The JSON-RPC error object of a call that ends without its result: code -32000, and `reason` in its data."""
-    return {"code": CONNECTION_CLOSED, "message": _MESSAGES[reason], "data": {"reason": reason}}
 
 
 def _encoded(reason: str) -> str:
@@ -99,7 +83,7 @@ class Finisher:
     async def _end(self, statement: bytes, parameters: dict[str, Any]) -> bool:
         session_id = parameters["session"]
         reason = parameters["reason"]
-        error = _encoded(reason if reason in _MESSAGES else "session_ended")
+        error = _encoded(reason if reason in MESSAGES else "session_ended")
         [(finished,)] = await self._database.fetch_once(statement, parameters | {"error": error}, patience=PATIENCE)
         if finished is None:
             return False

@@ -334,9 +334,9 @@ class Log:
         self.check_identity(me)
         if not rows:
             raise CursorRejected("unknown")
-        generation, final_seq, floor, given_at, _ = rows[0]
+        generation, final_seq, floor, given_at, _, was_given = rows[0]
         if generation is None:
-            raise CursorRejected("expired" if position < floor else "unknown")
+            raise CursorRejected("expired" if was_given else "unknown")
         self._writer.attached(number, generation, here=True)
         if given_at is not None:
             bound = max(bound, given_at - MARGIN)

@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import DDL
 from sqlalchemy.exc import DBAPIError
 
-from mcp_pg_events.errors import ConfigurationError, DatabaseUnavailable, Error, WorkerTooOld
+from mcp_pg_events.errors import ConfigurationError, DatabaseUnavailable, Error, NotMigrated, WorkerTooOld
 from mcp_pg_events.partitions import INTERVALS
 from mcp_pg_events.schema import DEFAULT_SCHEMA, REVISION, check_schema
 from mcp_pg_events.settings import Settings
@@ -103,7 +103,7 @@ def upgrade(
     """Bring `schema` up to `revision`, making it first if need be; nothing happens when it is there already.
 
     Two that run at once are safe: the second waits, and finds nothing to do. `partition_interval` (hour, day, week or
-    month; day by default) is settled by the first migration, and a different one later raises ConfigurationError.
+    month; day at the first migration) holds for the partitions that are made from now on.
     `worker_role` is granted the least that a worker needs.
     """
     target = Target(dsn, schema, partition_interval or "day")
@@ -113,7 +113,7 @@ def upgrade(
             return
         with connect(target) as connection:
             if partition_interval is not None:
-                _check_interval(connection, schema, partition_interval)
+                _set_interval(connection, schema, partition_interval)
             if worker_role is not None:
                 _grant(connection, schema, worker_role)
 
@@ -175,14 +175,14 @@ def require_dsn(dsn: str | None) -> str:
     return dsn
 
 
-def connect(target: Target) -> psycopg.Connection[Any]:
+def connect(target: Target, application: str = "mcp-pg-events migrate") -> psycopg.Connection[Any]:
     """Connect as libpq does, so that every DSN that works elsewhere works for migrations."""
     try:
         given = conninfo_to_dict(require_dsn(target.dsn))
     except psycopg.ProgrammingError:
         # libpq's message quotes the DSN, password and all.
         raise ConfigurationError("The DSN is neither a postgresql:// URI nor libpq's key=value form.") from None
-    given.setdefault("application_name", "mcp-pg-events migrate")
+    given.setdefault("application_name", application)
     if "PGCONNECT_TIMEOUT" not in os.environ:
         given.setdefault("connect_timeout", CONNECT_TIMEOUT)
     return psycopg.connect(**cast("dict[str, Any]", given))
@@ -206,14 +206,10 @@ def _directory(name: str) -> Path:
     return packaged if packaged.is_dir() else package.parent / name
 
 
-def _check_interval(connection: psycopg.Connection[Any], schema: str, wanted: str) -> None:
-    query = sql.SQL("SELECT partition_interval FROM {}").format(sql.Identifier(schema, "settings"))
-    row = connection.execute(query).fetchone()
-    if row is not None and row[0] != wanted:
-        raise ConfigurationError(
-            f"The partitions of schema {schema!r} have had the length of one {row[0]} since its first migration; "
-            f"update its settings table to change that to {wanted}."
-        )
+def _set_interval(connection: psycopg.Connection[Any], schema: str, wanted: str) -> None:
+    """Make new partitions of this length, from the end of those that are there."""
+    statement = sql.SQL("UPDATE {} SET partition_interval = {wanted} WHERE partition_interval <> {wanted}")
+    connection.execute(statement.format(sql.Identifier(schema, "settings"), wanted=sql.Literal(wanted)))
 
 
 def _grant(connection: psycopg.Connection[Any], schema: str, role: str) -> None:
@@ -227,8 +223,8 @@ def _grant(connection: psycopg.Connection[Any], schema: str, role: str) -> None:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Say in one sentence, and without a password, what Alembic or PostgreSQL refused."""
+def translated(work: str = "migration") -> Iterator[None]:
+    """Say in one sentence, and without a password, what Alembic or PostgreSQL refused to `work`."""
     try:
         with _one_at_a_time:
             yield
@@ -241,14 +237,18 @@ def translated() -> Iterator[None]:
         raise Error(f"The migration did not run: {error}") from error
     except (DBAPIError, psycopg.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        raise _explain(cause if isinstance(cause, psycopg.Error) else psycopg.Error(str(cause))) from error
+        raise _explain(cause if isinstance(cause, psycopg.Error) else psycopg.Error(str(cause)), work) from error
 
 
-def _explain(error: psycopg.Error) -> Error:
+def _explain(error: psycopg.Error, work: str) -> Error:
     first = next(iter(str(error).splitlines()), type(error).__name__)  # advice and further attempts follow
     message = error.diag.message_primary or " ".join(first.split())
+    if work != "migration" and isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedFunction):
+        return NotMigrated("The database has no schema of mcp_pg_events, or an older one; run `mcp-pg-events migrate`.")
+    if work != "migration" and isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return Error(f"The role of this {work} lacks a right: {message}; use the role that owns the tables.")
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return Error(f"The role that migrates lacks a right: {message}; use the database's owner, or hand a DBA --sql.")
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        return DatabaseUnavailable(f"PostgreSQL did not let the migration in: {message}")
-    return Error(f"PostgreSQL refused the migration: {message}")
+        return DatabaseUnavailable(f"PostgreSQL did not let the {work} in: {message}")
+    return Error(f"PostgreSQL refused the {work}: {message}")

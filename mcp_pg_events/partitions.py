@@ -43,10 +43,11 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long a partition is, and how many are made ahead of the one in use."""
+    """How long a partition is, how many are made ahead of the one in use, and how long an event is kept at least."""
 
     interval: Interval = "day"
     ahead: int = 2
+    ttl: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,14 @@ class Plan:
     """What to do, in order."""
 
     create: tuple[Partition, ...]
+    drop: tuple[Partition, ...] = ()
 
 
 def plan(now: datetime, existing: Iterable[Partition], policy: Policy) -> Plan:
     """Return the partitions to make: the interval of `now` and `policy.ahead` more, less what `existing` ones cover.
 
-    Where the interval was changed, a new partition is clipped to the gap that the older ones leave.
+    Where the interval was changed, a new partition is clipped to the gap that the older ones leave. To drop are those
+    whose every event is older than `policy.ttl`, the oldest first; none without one.
     """
     covered = sorted(existing)
     create: list[Partition] = []
@@ -76,7 +79,8 @@ def plan(now: datetime, existing: Iterable[Partition], policy: Policy) -> Plan:
         if position < upper:
             create.append(Partition(position, upper))
         lower = upper
-    return Plan(tuple(create))
+    expired = () if policy.ttl is None else tuple(other for other in covered if now - other.upper >= policy.ttl)
+    return Plan(tuple(create), expired)
 
 
 def floor(moment: datetime, interval: Interval) -> datetime:

@@ -46,6 +46,7 @@ _statement(
     + _LOCK.format(number="number")
     + " FROM registered",
 )
+_statement("drop_expired", "SELECT * FROM {s}.drop_expired(%(ttl)s)")
 _statement("ensure_partitions", "SELECT {s}.ensure_partitions(%(ahead)s)")
 _statement("lock_worker", "SELECT " + _LOCK.format(number="%(me)s::bigint"))
 _statement("note_timeline", "SELECT {s}.note_timeline()")
@@ -337,7 +338,7 @@ _statement(
         SELECT e.stream, e.seq, e.payload
           FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[]) e(stream, seq, payload)
     ), ended AS (
-        UPDATE {s}.streams t SET final_seq = f.seq
+        UPDATE {s}.streams t SET final_seq = f.seq, ended_at = now()
           FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
          WHERE t.number = f.stream AND t.final_seq IS NULL
     )
@@ -362,6 +363,7 @@ _statement(
         UPDATE {s}.streams t
            SET last_seq = greatest(t.last_seq, t.floor) + n.count,
                final_seq = CASE WHEN n.final THEN greatest(t.last_seq, t.floor) + n.count END,
+               ended_at = CASE WHEN n.final THEN now() END,
                mark_seq = CASE WHEN t.mark_at < now() - interval '1 hour'
                                THEN greatest(t.last_seq, t.floor) ELSE t.mark_seq END,
                mark_at = CASE WHEN t.mark_at < now() - interval '1 hour' THEN now() ELSE t.mark_at END
@@ -475,23 +477,32 @@ _statement(
 )
 _statement(
     "attach",
-    # The newest reader wins, if its cursor is one that was given out; the older one, if it sits elsewhere, is told.
+    # The newest reader wins, if its cursor is one that was given out and nothing after it is missing; the older one, if
+    # it sits elsewhere, is told. The event of the cursor itself may be gone: the next one then vouches for it, or the
+    # floor, or the end of the stream. If it is refused, the last column tells whether it had been given out.
     """
     WITH given AS (
         SELECT created_at FROM {s}.events
          WHERE stream = %(stream)s AND seq = %(after)s AND created_at >= %(bound)s
+    ), following AS (
+        SELECT seq FROM {s}.events
+         WHERE stream = %(stream)s AND seq > %(after)s AND created_at >= %(bound)s ORDER BY seq LIMIT 1
     ), previous AS (
-        SELECT reader_worker, floor FROM {s}.streams WHERE number = %(stream)s FOR UPDATE
+        SELECT reader_worker, floor, final_seq FROM {s}.streams WHERE number = %(stream)s FOR UPDATE
     ), attached AS (
         UPDATE {s}.streams t SET reader_worker = %(me)s, reader_generation = reader_generation + 1
           FROM previous
-         WHERE t.number = %(stream)s AND (NOT %(given)s OR %(after)s = previous.floor OR EXISTS (SELECT FROM given))
+         WHERE t.number = %(stream)s
+           AND (NOT %(given)s OR %(after)s IN (previous.floor, previous.final_seq) OR EXISTS (SELECT FROM given)
+                OR %(after)s + 1 = (SELECT seq FROM following))
         RETURNING t.reader_generation, t.final_seq
     )
     SELECT attached.reader_generation, attached.final_seq, previous.floor, (SELECT max(created_at) FROM given),
            CASE WHEN previous.reader_worker <> %(me)s AND attached.reader_generation IS NOT NULL
                 THEN pg_notify(%(prefix)s::text || previous.reader_worker,
-                               'k' || %(stream)s || ':' || attached.reader_generation) END
+                               'k' || %(stream)s || ':' || attached.reader_generation) END,
+           coalesce(%(after)s < previous.floor OR %(after)s < previous.final_seq, false)
+               OR EXISTS (SELECT FROM following)
       FROM previous LEFT JOIN attached ON true
     """,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypedDict
 
@@ -41,6 +42,7 @@ class StoreOptions(TypedDict, total=False):
     outage_timeout: float
     drain_timeout: float
     unresponsive_timeout: float
+    retention: timedelta | None
 
 
 class PostgresStore(EventStore):
@@ -56,6 +58,7 @@ class PostgresStore(EventStore):
         outage_timeout: How long (seconds) calls and resuming clients wait for a database that is away.
         drain_timeout: How long (seconds) running calls may go on after SIGTERM.
         unresponsive_timeout: After how long (seconds) without a sign a worker that holds its lock counts as dead.
+        retention: How long an event is kept at least, where no job removes old ones: one of the workers does so then.
 
     Raises:
         ConfigurationError: an option cannot work.
@@ -77,6 +80,7 @@ class PostgresStore(EventStore):
         outage_timeout: float = 60.0,
         drain_timeout: float = 20.0,
         unresponsive_timeout: float = 60.0,
+        retention: timedelta | None = None,
     ) -> None:
         for name, value in (("outage_timeout", outage_timeout), ("unresponsive_timeout", unresponsive_timeout)):
             if not 0 < value < 1e9:
@@ -85,6 +89,8 @@ class PostgresStore(EventStore):
             raise ConfigurationError("drain_timeout has to be a number of seconds, 0 or more")
         if unresponsive_timeout < 15:
             raise ConfigurationError("unresponsive_timeout has to be 15 seconds or more: a worker stamps every 5")
+        if retention is not None and not timedelta(hours=1) <= retention < timedelta(days=36500):
+            raise ConfigurationError("retention has to be an hour or more")
         if max_connections < 1:
             raise ConfigurationError("max_connections has to be 1 or more")
         if prepare_threshold is not None and prepare_threshold < 0:
@@ -102,6 +108,7 @@ class PostgresStore(EventStore):
             outage_timeout,
             drain_timeout,
             unresponsive_timeout,
+            retention,
         )
         self._users = 0
         self._starting = asyncio.Lock()
@@ -139,6 +146,11 @@ class PostgresStore(EventStore):
         if self._worker is None:
             raise StoreClosed
         return self._worker
+
+    @property
+    def retention(self) -> timedelta | None:
+        """How long an event is kept at least; None where workers remove nothing."""
+        return self._settings.retention
 
     @property
     def outage_timeout(self) -> float:

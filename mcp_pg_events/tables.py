@@ -94,6 +94,8 @@ Table(
     _moment("ended_at", required=False),
     Column("ended_reason", Text),
     Index("sessions_live", "server", "seen_at", postgresql_where=text("ended_at IS NULL")),
+    Index("sessions_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index("sessions_seen", "seen_at", postgresql_where=text("ended_at IS NULL")),
     Index("sessions_bound", "worker", postgresql_where=text("ended_at IS NULL AND worker IS NOT NULL")),
     comment="One row per MCP session.",
 )
@@ -130,6 +132,7 @@ Table(
     _count("floor", comment="The highest seq that left with a dropped partition."),
     Column("final_seq", BigInteger, comment="The seq of the final response; null while the stream is open."),
     _moment("created_at"),
+    _moment("ended_at", required=False, comment="When its final was stored; null while the stream is open."),
     Index(
         "streams_in_flight",
         "session_id",
@@ -140,6 +143,8 @@ Table(
     Index("streams_standalone", "session_id", unique=True, postgresql_where=text("request_key IS NULL")),
     Index("streams_session", "session_id"),
     Index("streams_open", "worker", postgresql_where=text("final_seq IS NULL")),
+    Index("streams_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    Index("streams_unsaid", "number", postgresql_where=text("final_seq IS NOT NULL AND ended_at IS NULL")),
     comment="One row per stream: a request's answer, or a session's standalone stream.",
 )
 

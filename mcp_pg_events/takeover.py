@@ -7,6 +7,7 @@ The gate stands in front of the SDK's session manager from the moment `durable` 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -232,6 +233,12 @@ async def _serving(
 ) -> AsyncIterator[None]:
     """Between the server's lifespan and the requests: the sessions, and the endpoint in the gate."""
     name = options.name or manager.app.name
+    if store.retention is not None and store.retention.total_seconds() < (manager.session_idle_timeout or math.inf):
+        logger.warning(
+            "Events are kept for %s, and sessions may be idle for longer (session_idle_timeout): a client that comes "
+            "back then finds that what it missed has expired",
+            store.retention,
+        )
     sessions = Sessions(
         manager.app,
         # The state that the server's lifespan yielded: the one private name that is read of the SDK.

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 PARTITIONS_AHEAD: Final = 2
 ORPHAN_CHECK: Final = 10.0
+RETENTION_FIRST: Final = 10.0
+RETENTION_INTERVAL: Final = 3600.0
+RETENTION_PATIENCE: Final = 60.0
 PARTITION_CHECK: Final = timedelta(minutes=10)
 
 
@@ -57,6 +60,7 @@ class WorkerSettings:
     outage_timeout: float
     drain_timeout: float
     unresponsive_timeout: float
+    retention: timedelta | None = None
 
 
 class Worker:
@@ -152,6 +156,8 @@ class Worker:
         self.inbox.start()
         self.watch.start()
         self.spawn(self._make_partitions())
+        if settings.retention is not None:
+            self.spawn(self._retain(settings.retention))
         self.spawn(self._finish_orphans())
         self._unobserve = telemetry.observe(self.counts)
         logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
@@ -231,6 +237,20 @@ class Worker:
                 await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD})
             except Error as error:
                 logger.warning("Partitions could not be made ahead: %s", error)
+
+    async def _retain(self, ttl: timedelta) -> None:
+        """Pass by pass; where several workers would at once, the database lets one."""
+        pause = RETENTION_FIRST
+        while True:
+            await asyncio.sleep(pause)
+            pause = RETENTION_INTERVAL
+            try:
+                rows = await self.database.fetch(self._queries.drop_expired, {"ttl": ttl}, patience=RETENTION_PATIENCE)
+            except Error as error:
+                logger.warning("Old events could not be removed: %s", error)
+                continue
+            if rows:
+                logger.info("Retention: %s", ", ".join(f"{what} {result}" for what, result in rows))
 
     async def _finish(self, streams: list[int], reason: str) -> None:
         try:

@@ -45,7 +45,7 @@ BEGIN
                    '{"jsonrpc":"2.0","id":' || last.request_id || ',"error":' || $2 || '}'
             FROM last
         )
-        UPDATE streams t SET final_seq = last.seq FROM last WHERE t.number = last.number RETURNING t.number
+        UPDATE streams t SET final_seq = last.seq, ended_at = now() FROM last WHERE t.number = last.number RETURNING t.number
         $query$,
         bound - interval '10 minutes'
     ) USING numbers, error;
@@ -86,7 +86,7 @@ BEGIN
         ), error)
     );
     -- Nothing can follow in a session that ended; the standalone stream has no response, so its end is its last number.
-    UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor)
+    UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor), ended_at = now()
     WHERE t.session_id = session AND t.request_key IS NULL AND t.final_seq IS NULL
     RETURNING t.number INTO standalone;
     RETURN array_remove(finished || standalone, NULL);
@@ -138,7 +138,7 @@ BEGIN
         UPDATE sessions s SET ended_at = now(), ended_reason = reason
         WHERE s.worker = dead AND s.ended_at IS NULL RETURNING s.id
     ), closed AS (
-        UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor) FROM ended
+        UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor), ended_at = now() FROM ended
         WHERE t.session_id = ended.id AND t.request_key IS NULL AND t.final_seq IS NULL RETURNING t.number
     )
     SELECT array_agg(closed.number) INTO standalone FROM closed;

@@ -7,3 +7,4 @@ GRANT SELECT, INSERT ON {schema}.events TO {role};
 GRANT SELECT ON {schema}.settings, {schema}.alembic_version TO {role};
 GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(integer) TO {role};
 GRANT EXECUTE ON FUNCTION {schema}.note_timeline() TO {role};
+GRANT EXECUTE ON FUNCTION {schema}.drop_expired(interval, integer) TO {role};

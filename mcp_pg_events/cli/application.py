@@ -20,6 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
+from datetime import timedelta
 from typing import Any, cast
 
 from mcp.server.lowlevel import Server
@@ -69,6 +70,8 @@ class Plan:
     live_path: str | None = None
     ready_path: str | None = None
     embedded_home: str | None = None
+    retention: float | None = None
+    """In seconds."""
 
     def publish(self) -> None:
         os.environ[VARIABLE] = json.dumps(dataclasses.asdict(self))
@@ -139,7 +142,8 @@ async def rehearse(store: PostgresStore) -> None:
 def make_store(plan: Plan) -> PostgresStore:
     """A store for what the plan says."""
     assert plan.dsn is not None
-    return PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema)
+    ttl = None if plan.retention is None else timedelta(seconds=plan.retention)
+    return PostgresStore(plan.dsn, listen_dsn=plan.listen_dsn, schema=plan.schema, retention=ttl)
 
 
 def find(target: str, *, path: str, host: str) -> tuple[Application, str]:

@@ -29,9 +29,7 @@ def migrate(
     ] = None,
     partition_interval: Annotated[
         Interval | None,
-        typer.Option(
-            help="Length of a partition of the event log; settled by the first migration.", show_default="day"
-        ),
+        typer.Option(help="Length of the partitions of the event log that are made from now on.", show_default="day"),
     ] = None,
     worker_role: Annotated[
         str | None,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from ..embedded import default_home, embedded_postgres
 from ..errors import ConfigurationError
 from ..settings import Settings
 from .options import Dsn, Host, Level, LivePath, Port, ReadyPath, Schema, Workers
+from .retention import parse_duration
 from .running import exit_cleanly, listen, run, shown
 
 __all__ = ["serve"]
@@ -40,6 +42,16 @@ def serve(
     path: Annotated[str, typer.Option(help="The endpoint's path. An ASGI app has its own.")] = "/mcp",
     live_path: LivePath = "/livez",
     ready_path: ReadyPath = "/readyz",
+    retention: Annotated[
+        timedelta | None,
+        typer.Option(
+            metavar="SPAN",
+            parser=parse_duration,
+            help="How long an event is kept at least, such as 7d: one of the workers removes older ones. Without it "
+            "the log grows, and `mcp-pg-events retention` is for cron.",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Level = "info",
 ) -> None:
     """Serve an MCP server whose sessions and streams outlive connections, workers and restarts.
@@ -90,10 +102,10 @@ def serve(
         database, home = settings.database, None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
         if durable_already := is_durable(app):
-            if dsn is not None or schema is not None:
+            if dsn is not None or schema is not None or retention is not None:
                 raise ConfigurationError(
-                    f"{target!r} is durable already, with a store of its own: leave --dsn and --schema out, or name "
-                    "the server that it is made from."
+                    f"{target!r} is durable already, with a store of its own: leave --dsn, --schema and --retention "
+                    "out, or name the server that it is made from."
                 )
             database = None
             typer.echo(f"{target} is durable already, and is served with its own store.", err=True)
@@ -112,6 +124,7 @@ def serve(
             live_path=live_path or None,
             ready_path=ready_path or None,
             embedded_home=home,
+            retention=None if retention is None else retention.total_seconds(),
         )
         if not durable_already:
             asyncio.run(rehearse(make_store(plan)))

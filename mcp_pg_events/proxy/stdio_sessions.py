@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from ..backend import App, Call, SessionKey, SessionLimit, SessionUnknown, Stream
 from ..errors import Error
-from ..finish import final_error
+from ..finals import final_error
 from ..upkeep import keep_up
 from .process import Command, Keeper
 from .stdio_session import ProcessSession

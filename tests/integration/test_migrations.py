@@ -421,10 +421,13 @@ def test_the_script_for_a_dba_grants_the_role_too(database: str) -> None:
 # Errors
 
 
-def test_a_later_interval_that_differs_is_refused(migrated: str) -> None:
-    migrate.upgrade(migrated, partition_interval="day")
-    with pytest.raises(ConfigurationError, match="one day since its first migration"):
-        migrate.upgrade(migrated, partition_interval="hour")
+def test_a_later_interval_holds_for_the_partitions_to_come(migrated: str) -> None:
+    before = partitions(migrated)
+    migrate.upgrade(migrated, partition_interval="hour")
+    assert query(migrated, "SELECT partition_interval FROM settings") == ["hour"]
+    assert partitions(migrated) == before
+    query(migrated, "SELECT ensure_partitions(100)")
+    assert len(partitions(migrated)) > len(before) + 20
 
 
 def test_a_schema_newer_than_the_package_is_named_as_such(migrated: str) -> None:

@@ -21,7 +21,8 @@ import typer
 
 from mcp_pg_events import Health, PostgresStore, durable, errors
 from mcp_pg_events.cli import app as command_line
-from mcp_pg_events.finish import _MESSAGES, final_error
+from mcp_pg_events.finals import MESSAGES as _MESSAGES
+from mcp_pg_events.finals import final_error
 from mcp_pg_events.proxy.stdio import stdio_app
 from mcp_pg_events.store import StoreOptions
 from mcp_pg_events.tables import METADATA

@@ -131,3 +131,32 @@ def test_a_partition_s_name_is_recognised(name: str) -> None:
 )
 def test_an_unknown_name_is_left_alone(name: str) -> None:
     assert parse_name(name) is None
+
+
+@patient
+@given(situations(), st.timedeltas(timedelta(hours=1), timedelta(days=90)))
+def test_dropped_is_what_is_older_than_the_ttl_and_nothing_else(
+    situation: tuple[datetime, list[Partition], Policy], ttl: timedelta
+) -> None:
+    now, existing, policy = situation
+    planned = plan(now, existing, Policy(policy.interval, policy.ahead, ttl))
+    assert planned.create == plan(now, existing, policy).create, "what is made has nothing to do with it"
+    assert list(planned.drop) == sorted(planned.drop), "the oldest goes first"
+    for partition in existing:
+        every_event_expired = partition.upper <= now - ttl
+        assert (partition in planned.drop) == every_event_expired
+    assert plan(now, existing, policy).drop == ()
+
+
+@patient
+@given(
+    situations(), st.timedeltas(timedelta(hours=1), timedelta(days=90)), st.timedeltas(timedelta(), timedelta(days=400))
+)
+def test_a_clock_that_goes_on_drops_no_less_and_never_the_present(
+    situation: tuple[datetime, list[Partition], Policy], ttl: timedelta, later: timedelta
+) -> None:
+    now, existing, policy = situation
+    keeping = Policy(policy.interval, policy.ahead, ttl)
+    first, second = plan(now, existing, keeping), plan(now + later, existing, keeping)
+    assert set(first.drop) <= set(second.drop)
+    assert not any(partition.lower <= now < partition.upper for partition in first.drop)

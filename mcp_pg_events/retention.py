@@ -1,0 +1,265 @@
+"""One retention pass: partitions made ahead, expired ones dropped, and then the rows that nothing refers to any more.
+
+Run from cron (`mcp-pg-events retention`), by the tables' owner. A pass may be killed at any moment: the next one goes
+on from there. It never waits long for a lock, since whatever waits behind it would wait as long; a partition that
+somebody still reads is hidden, `contended`, and dropped by a later pass. Times are the database's. Nothing here knows
+the session side. Next: whoever reads the `Report`.
+
+Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, Literal, LiteralString, cast
+
+import psycopg
+from psycopg import sql
+
+from . import telemetry
+from .archive import archive
+from .errors import ConfigurationError
+from .finals import final_error
+from .migrate import Target, connect, translated
+from .partitions import Interval, Partition, Policy, ceiling, parse_name, plan
+from .schema import check_schema
+
+__all__ = ["Outcome", "Report", "run"]
+
+AHEAD: Final = 2
+BATCH: Final = 1000
+LOCK_PATIENCE: Final = "3s"
+"""How long a concurrent detach may wait for those who read the partition. It holds nobody up meanwhile."""
+DROP_PATIENCE: Final = "200ms"
+"""How long a lock may be waited for that others would queue behind."""
+MARK: Final = "mcp_pg_events: expired"
+"""The comment of a partition that is on its way out: a table with it that is detached already is ours to drop."""
+
+Result = Literal["dropped", "kept", "expired", "contended", "missing"]
+"""`expired`: would be dropped, were this no rehearsal. `contended`: somebody reads it, so it is not gone yet; it may be
+hidden already, and the next pass goes on. `missing`: somebody else dropped it meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one partition. `bytes` is the room that it took, `archived` the file that has its events now."""
+
+    name: str
+    lower: datetime | None
+    upper: datetime | None
+    result: Result
+    bytes: int
+    archived: str | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What one pass did: partitions made and dropped, rows removed by table, seconds. `busy`: another pass runs."""
+
+    created: int = 0
+    partitions: list[Outcome] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    dry_run: bool = False
+    busy: bool = False
+
+    @property
+    def contended(self) -> bool:
+        """Whether something is left to do that could not be done now."""
+        return self.busy or any(outcome.result == "contended" for outcome in self.partitions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A table that is, or was, a partition."""
+
+    name: str
+    partition: Partition | None
+    pending: bool
+    attached: bool
+    bytes: int
+
+
+def run(
+    dsn: str,
+    *,
+    schema: str,
+    ttl: timedelta | None = None,
+    dry_run: bool = False,
+    archive_to: Path | None = None,
+    on_partition: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Make one pass over `schema`; what it did.
+
+    Without `ttl` partitions are made ahead, and nothing is removed. `on_partition` is told of each expired partition
+    before its turn: its name, its place from 1, and how many there are.
+
+    Raises:
+        ConfigurationError: `ttl` is shorter than a partition.
+        DatabaseUnavailable, NotMigrated, Error: it cannot be done here, or not by this role.
+    """
+    began = time.monotonic()
+    with translated("retention"), connect(Target(dsn, schema), "mcp-pg-events retention") as connection:
+        connection.autocommit = True
+        report = _Pass(connection, check_schema(schema), ttl, dry_run, archive_to, on_partition).run()
+    report.seconds = time.monotonic() - began
+    results = [outcome.result for outcome in report.partitions]
+    telemetry.retention(
+        report.seconds, partitions={result: results.count(result) for result in set(results)}, rows=report.rows
+    )
+    return report
+
+
+class _Pass:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        schema: str,
+        ttl: timedelta | None,
+        dry_run: bool,
+        archive_to: Path | None,
+        on_partition: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._ttl = ttl
+        self._dry_run = dry_run
+        self._archive_to = archive_to
+        self._on_partition = on_partition or (lambda name, place, count: None)
+        self._report = Report(dry_run=dry_run)
+
+    def run(self) -> Report:
+        self._do("SET search_path = {schema}, pg_temp")
+        self._do("SET lock_timeout = {}", DROP_PATIENCE)
+        # Its own session's: whatever a role or database has set would end a pass in the middle.
+        self._do("SET statement_timeout = 0")
+        [(interval, now)] = self._do("SELECT partition_interval, now() FROM settings")
+        policy = Policy(cast("Interval", interval), AHEAD, self._ttl)
+        if self._ttl is not None and self._ttl < _length(policy.interval):
+            raise ConfigurationError(
+                f"Events leave with their partition, which is one {interval} long, so that --ttl cannot be shorter; "
+                "`mcp-pg-events migrate --partition-interval hour` makes shorter ones from now on."
+            )
+        [(alone,)] = self._do(
+            "SELECT pg_try_advisory_lock(hashtextextended('mcp_pg_events.retention', 'events'::regclass::oid::bigint))"
+        )
+        if not alone:
+            self._report.busy = True
+            return self._report
+        if not self._dry_run:
+            [(self._report.created,)] = self._do("SELECT ensure_partitions({})", AHEAD)
+        found = self._find()
+        known = [each.partition for each in found if each.partition is not None and each.attached]
+        expired = set(plan(now, known, policy).drop)
+        going = [each for each in found if each.partition in expired or each.pending or not each.attached]
+        kept = [each for each in found if each not in going]
+        for place, each in enumerate(going, 1):
+            self._on_partition(each.name, place, len(going))
+            self._let_go(each)
+        for each in kept:
+            self._note(each, "kept")
+        if self._ttl is not None and not self._dry_run:
+            left = {outcome.lower for outcome in self._report.partitions if outcome.result in ("kept", "contended")}
+            self._remove_rows(min((lower for lower in left if lower is not None), default=now))
+        return self._report
+
+    # --- partitions ---------------------------------------------------------------------------------------------------
+
+    def _find(self) -> list[_Found]:
+        """Every table that is ours: partitions by their names, and detached ones by their comment, the oldest first."""
+        rows = self._do(
+            """
+            SELECT c.relname, bounds[1]::timestamptz, bounds[2]::timestamptz, coalesce(i.inhdetachpending, false),
+                   i.inhrelid IS NOT NULL, pg_total_relation_size(c.oid)
+              FROM pg_class c LEFT JOIN pg_inherits i ON i.inhrelid = c.oid AND i.inhparent = 'events'::regclass
+              LEFT JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid),
+                  '^FOR VALUES FROM \\(''([^'']+)''\\) TO \\(''([^'']+)''\\)$') AS bounds ON true
+             WHERE c.relkind = 'r'
+               AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'events'::regclass)
+               AND (bounds IS NOT NULL OR i.inhrelid IS NULL AND obj_description(c.oid, 'pg_class') = {})
+             ORDER BY bounds[2]::timestamptz NULLS FIRST, c.relname
+            """,
+            MARK,
+        )
+        return [
+            _Found(name, Partition(lower, upper) if upper is not None else None, pending, attached, size)
+            for name, lower, upper, pending, attached, size in rows
+            if parse_name(name) is not None
+        ]
+
+    def _let_go(self, found: _Found) -> None:
+        """Archive, detach and drop one partition, from wherever an earlier pass got."""
+        if self._dry_run:
+            self._note(found, "expired")
+            return
+        archived: str | None = None
+        try:
+            if self._archive_to is not None:
+                archived = str(archive(self._connection, self._schema, found.name, self._archive_to))
+            if found.attached and not found.pending:
+                self._do("COMMENT ON TABLE {name} IS {}", MARK, name=found.name)
+                assert found.partition is not None
+                self._do("SELECT raise_floors({}::regclass, {})", _quoted(found.name), found.partition.upper)
+            self._do("SET lock_timeout = {}", LOCK_PATIENCE)
+            if found.attached:
+                how = "FINALIZE" if found.pending else "CONCURRENTLY"
+                self._do(f"ALTER TABLE events DETACH PARTITION {{name}} {how}", name=found.name)
+            self._do("DROP TABLE {name}", name=found.name)
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.ObjectNotInPrerequisiteState):
+            # Somebody reads it, or it waits for another one that somebody reads.
+            self._note(found, "contended", archived)
+        except psycopg.errors.UndefinedTable:
+            self._note(found, "missing", archived)
+        else:
+            self._note(found, "dropped", archived)
+        finally:
+            self._do("SET lock_timeout = {}", DROP_PATIENCE)
+
+    def _note(self, found: _Found, result: Result, archived: str | None = None) -> None:
+        lower = found.partition.lower if found.partition is not None else None
+        upper = found.partition.upper if found.partition is not None else None
+        self._report.partitions.append(Outcome(found.name, lower, upper, result, found.bytes, archived))
+
+    # --- rows that nothing refers to any more -------------------------------------------------------------------------
+
+    def _remove_rows(self, horizon: datetime) -> None:
+        """Batch by batch, each in a transaction of its own, until there is no whole batch of anything."""
+        error = json.dumps(final_error("session_ended"), separators=(",", ":"))
+        full = True
+        while full:
+            try:
+                removed = self._do("SELECT * FROM remove_rows({}, {}, {}, {})", horizon, self._ttl, error, BATCH)
+            except psycopg.errors.LockNotAvailable:
+                # Somebody works with one of them; the next pass finds the rest.
+                return
+            full = any(count >= BATCH for _, count in removed)
+            for kind, count in removed:
+                if count:
+                    self._report.rows[kind] = self._report.rows.get(kind, 0) + count
+
+    # --- statements ---------------------------------------------------------------------------------------------------
+
+    def _do(self, statement: LiteralString, *values: Any, name: str | None = None) -> list[Any]:
+        """Run one statement with literals in the place of `{}`, and an identifier in that of `{name}`; its rows."""
+        named = {"schema": sql.Identifier(self._schema)}
+        if name is not None:
+            named["name"] = sql.Identifier(name)
+        composed = sql.SQL(statement).format(*map(sql.Literal, values), **named)
+        cursor = self._connection.execute(composed)
+        return cursor.fetchall() if cursor.description else []
+
+
+def _length(interval: Interval) -> timedelta:
+    start = datetime(
+        2001, 2, 1, tzinfo=UTC
+    )  # of the shortest month, so that no ttl is refused which another one allows
+    return ceiling(start, interval) - start
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
