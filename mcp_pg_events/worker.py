@@ -250,6 +250,9 @@ class Worker:
                 logger.warning("Old events could not be removed: %s", error)
                 continue
             if rows:
+                if all(result != "contended" for _, result in rows):
+                    # There may be more: a call does one step, so that it holds nobody up for long.
+                    pause = RETENTION_FIRST
                 logger.info("Retention: %s", ", ".join(f"{what} {result}" for what, result in rows))
 
     async def _finish(self, streams: list[int], reason: str) -> None:

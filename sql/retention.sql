@@ -86,16 +86,19 @@ $function$;
 COMMENT ON FUNCTION remove_rows(timestamptz, interval, text, integer) IS
     'Removes ended sessions and streams, ended workers, and letters to them.';
 
--- A whole pass, for pg_cron and for a worker that is elected: drops the partitions whose events are all older than `ttl`,
--- oldest first, and then some of the rows that nothing refers to any more. One row for each partition, its name and
--- `dropped` or `contended`, and one for each kind of row, and how many were removed. Where another session reads events in a transaction that goes
--- on, nothing waits longer than a tenth of a second for that: a waiting lock would hold up every append behind it. Such a
--- partition is `contended`, and left for the next time. A function cannot detach concurrently, as
--- `mcp-pg-events retention` does.
+-- One step of a pass, for pg_cron and for a worker that is elected: drops partitions whose events are all older than
+-- `ttl`, the oldest first; or, where there is none, removes some of the rows that nothing refers to any more. A row for
+-- each partition, its name and `dropped` or `contended`, or for each kind of row, and how many were removed; none when
+-- nothing is left to do. Where another session reads events in a transaction that goes on, nothing waits longer than a
+-- tenth of a second for that: a waiting lock would hold up every append behind it. Then the oldest is `contended`, and
+-- everything is left for the next time. A function cannot detach concurrently, as `mcp-pg-events retention` does.
+--
+-- From the first detach until the commit no append gets through. So nothing shares a transaction with it that takes
+-- time: floors are raised before, rows are removed by another call, and no more than `at_most` partitions go at once.
 --
 -- SECURITY DEFINER, so that a worker's role need not own the tables. It takes no `ttl` below one partition's length, and
 -- so nobody can drop with it what is being written.
-CREATE OR REPLACE FUNCTION drop_expired(ttl interval, at_most integer DEFAULT 100)
+CREATE OR REPLACE FUNCTION drop_expired(ttl interval, at_most integer DEFAULT 10)
     RETURNS TABLE (what text, result text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -105,7 +108,8 @@ SET datestyle = 'ISO, YMD'
 AS $function$
 DECLARE
     step CONSTANT interval := ('1 ' || (SELECT s.partition_interval FROM settings s))::interval;
-    expired record;
+    expired text[];
+    uppers timestamptz[];
     horizon timestamptz;
 BEGIN
     IF ttl IS NULL OR ttl < step THEN
@@ -115,31 +119,36 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended('mcp_pg_events.retention', 'events'::regclass::oid::bigint)) THEN
         RETURN;
     END IF;
-    FOR expired IN
-        SELECT c.oid::regclass AS name, c.relname, bounds[2]::timestamptz AS upper_bound
+    SELECT array_agg(old.relname ORDER BY old.upper_bound), array_agg(old.upper_bound ORDER BY old.upper_bound)
+    INTO expired, uppers
+    FROM (
+        SELECT c.relname::text, bounds[2]::timestamptz AS upper_bound
         FROM pg_inherits i
         JOIN pg_class c ON c.oid = i.inhrelid
         CROSS JOIN LATERAL regexp_match(
             pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \(''([^'']+)''\) TO \(''([^'']+)''\)$'
         ) AS bounds
         WHERE i.inhparent = 'events'::regclass AND NOT i.inhdetachpending AND c.relname ~ '^events_p\d{10}(_\d+)?$'
+          AND c.relnamespace = (SELECT p.relnamespace FROM pg_class p WHERE p.oid = 'events'::regclass)
           AND bounds[2]::timestamptz <= now() - ttl
-        ORDER BY bounds[2]::timestamptz LIMIT at_most
-    LOOP
-        what := expired.relname;
+        ORDER BY 2 LIMIT at_most
+    ) old;
+    IF expired IS NOT NULL THEN
         BEGIN
-            PERFORM raise_floors(expired.name, expired.upper_bound);
-            EXECUTE format('ALTER TABLE events DETACH PARTITION %s', expired.name);
-            EXECUTE format('DROP TABLE %s', expired.name);
-            result := 'dropped';
+            FOR n IN 1..cardinality(expired) LOOP
+                PERFORM raise_floors(quote_ident(expired[n])::regclass, uppers[n]);
+            END LOOP;
+            FOREACH what IN ARRAY expired LOOP
+                EXECUTE format('ALTER TABLE events DETACH PARTITION %I', what);
+                EXECUTE format('DROP TABLE %I', what);
+            END LOOP;
         EXCEPTION WHEN lock_not_available THEN
-            result := 'contended';
+            RETURN QUERY SELECT expired[1], 'contended';
+            RETURN;
         END;
-        RETURN NEXT;
-        -- All of them hang on the same table, so that the next one would only hold the appends up once more.
-        EXIT WHEN result = 'contended';
-    END LOOP;
-    PERFORM ensure_partitions(2);
+        RETURN QUERY SELECT name, 'dropped' FROM unnest(expired) name;
+        RETURN;
+    END IF;
     SELECT min(bounds[1]::timestamptz) INTO horizon
     FROM pg_inherits i
     JOIN pg_class c ON c.oid = i.inhrelid
@@ -148,8 +157,11 @@ BEGIN
     RETURN QUERY SELECT r.kind, r.removed::text
     FROM remove_rows(horizon, ttl,
         '{"code":-32000,"message":"The session ended before this request completed","data":{"reason":"session_ended"}}',
-        10000) r
+        1000) r
     WHERE r.removed > 0;
+EXCEPTION WHEN lock_not_available THEN
+    -- Somebody works with one of the rows.
+    RETURN;
 END
 $function$;
 

@@ -279,6 +279,24 @@ def test_the_function_for_pg_cron_does_the_same_and_holds_nobody_up(migrated: st
     assert query(migrated, granted) == [(False,)]
 
 
+def test_the_function_holds_no_append_up_while_it_removes_rows(migrated: str) -> None:
+    age(migrated, events=1200)
+    rows = """
+        WITH made AS (INSERT INTO sessions (id, server, seen_at)
+            SELECT 's' || n, 'x', now() - interval '9 days' FROM generate_series(1, 5000) n RETURNING id)
+        INSERT INTO streams (session_id, created_at) SELECT id, now() - interval '9 days' FROM made
+    """
+    query(migrated, psycopg.sql.SQL(rows))
+    steps = []
+    with appending(migrated) as took:
+        while step := dict(query(migrated, "SELECT * FROM drop_expired('7 days')")):
+            steps.append(step)
+    assert list(steps[0].values()) == ["dropped"] * 5, "rows go in another step"
+    # All but the one whose stream has the number that is stored into.
+    assert sum(int(step["idle sessions"]) for step in steps[1:]) == 4999
+    assert max(took) < 0.25
+
+
 def test_what_cannot_work_is_said_in_a_sentence(database: str, migrated: str) -> None:
     with pytest.raises(NotMigrated):
         run(database)
