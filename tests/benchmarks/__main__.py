@@ -13,7 +13,10 @@ from tests.benchmarks import page
 from tests.benchmarks.environment import ROOT, Bench, bench
 from tests.benchmarks.figures import Report
 
-NAMES = ("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup", "observing")
+NAMES = (
+    *("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup", "observing"),
+    "retention",
+)
 
 
 def measure(running: Bench, name: str) -> Report:
