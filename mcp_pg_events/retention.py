@@ -32,7 +32,7 @@ from .schema import check_schema
 __all__ = ["Outcome", "Report", "run"]
 
 AHEAD: Final = 2
-BATCH: Final = 1000
+BATCH: Final = 5000
 LOCK_PATIENCE: Final = "3s"
 """How long a concurrent detach may wait for those who read the partition. It holds nobody up meanwhile."""
 DROP_PATIENCE: Final = "200ms"
@@ -230,6 +230,8 @@ class _Pass:
     def _remove_rows(self, horizon: datetime) -> None:
         """Batch by batch, each in a transaction of its own, until there is no whole batch of anything."""
         error = json.dumps(final_error("session_ended"), separators=(",", ":"))
+        # What a crash takes back here, the next pass removes again.
+        self._do("SET synchronous_commit = off")
         full = True
         while full:
             try:
