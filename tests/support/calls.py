@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Awaitable
@@ -12,7 +13,7 @@ from tests.support.mcp_http import LATEST, Response, Session
 from tests.support.resuming import split_id
 from tests.support.servers import Server
 from tests.support.sse import Event
-from tests.support.workers import SUSPICIOUS, Worker
+from tests.support.workers import SUSPICIOUS, Worker, Workers
 
 QUICKLY = 3.0
 """How long the refusal of a POST may take while the database is away, in seconds: 2, and a busy machine."""
@@ -161,3 +162,39 @@ def complaints(worker: Worker) -> list[str]:
     """What a worker wrote of warnings and errors since the test began, a line each, without times and addresses."""
     lines = [line for line in worker.output().splitlines() if SUSPICIOUS.search(line)]
     return [re.sub(r"\[[^]]*\]|0x[0-9a-f]+|\s+\S+\.py:\d+", "", line).strip() for line in lines]
+
+
+async def flow(workers: Workers, here: Worker, there: Worker) -> None:
+    """All that a session may do, on two workers: calls at once, a cut and a resumption, a question, its end."""
+    session = await Session.initialize(here.url, capabilities={"elicitation": {}})
+    standalone = await session.get(base_url=there.url)
+    await anext(standalone.events())
+    async with asyncio.TaskGroup() as group:
+        for number in range(20):
+            group.create_task(_assert_echo(session, (here, there)[number % 2].url))
+    counting = await Counting.start(session, n=50, seconds=1)
+    await counting.resumed(await session.get(counting.cut(), base_url=there.url))
+    await counting.finished()
+    asking = await session.call("ask", {"question": "who?"})
+    events = asking.events()
+    async for event in events:
+        if event.data and event.message.get("method") == "elicitation/create":
+            answer = {"action": "accept", "content": {"answer": "me"}}
+            assert await session.answer(event.message["id"], answer, base_url=there.url) == 202
+            break
+    [final] = [event.message async for event in events]
+    assert json.loads(final["result"]["content"][0]["text"])["content"] == {"answer": "me"}
+    await session.call("note_cancellation", {"key": f"{session.session_id}"}, id="endless")
+    await workers.wait_for(f"{session.session_id}")
+    cancelled = {"requestId": "endless"}
+    assert await session.notify("notifications/cancelled", cancelled, base_url=there.url) == 202
+    async with asyncio.timeout(5):
+        while not (workers.directory / f"{session.session_id}.cancelled").exists():  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(0.01)
+    assert (await session.delete(base_url=there.url)).status == 200
+    assert (await session.call("echo", {"text": "gone"})).status == 404
+    assert await asyncio.wait_for(standalone.drain(), 5)
+
+
+async def _assert_echo(session: Session, base_url: str) -> None:
+    assert await session.call_result("echo", {"text": "on"}, base_url=base_url) == "on"

@@ -116,15 +116,29 @@ class Workers:
         return [worker.url for worker in self.members if worker.running]
 
     async def add(
-        self, *, port: int | None = None, host: str = "127.0.0.1", inside: Sequence[str] = (), **environment: str
+        self,
+        *,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        inside: Sequence[str] = (),
+        root: Path = ROOT,
+        **environment: str,
     ) -> Worker:
-        """Start one more process, and wait until it serves; `inside` are the words of a command that runs another."""
-        worker = await self._spawn(port or free_port(), environment, host, inside)
+        """Start one more process, and wait until it serves; `inside` are the words of a command that runs another.
+
+        `root` is the checkout whose code it runs.
+        """
+        worker = await self._spawn(port or free_port(), environment, host, inside, root)
         await worker.wait_ready()
         return worker
 
     async def _spawn(
-        self, port: int, environment: Mapping[str, str], host: str = "127.0.0.1", inside: Sequence[str] = ()
+        self,
+        port: int,
+        environment: Mapping[str, str],
+        host: str = "127.0.0.1",
+        inside: Sequence[str] = (),
+        root: Path = ROOT,
     ) -> Worker:
         log = self.directory / f"worker-{len(self.members)}.log"
         with log.open("wb") as output:
@@ -132,8 +146,8 @@ class Workers:
                 *(*inside, sys.executable, "-m", "uvicorn", f"{self.module}:app"),
                 *("--host", host, "--port", str(port)),
                 *("--log-level", "warning", "--timeout-graceful-shutdown", "5"),
-                cwd=ROOT,
-                env={**os.environ, **self.environment, **environment},
+                cwd=root,
+                env={**os.environ, **self.environment, "PYTHONPATH": str(root), **environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -206,7 +220,6 @@ async def run_workers(
     """
     with tempfile.TemporaryDirectory(prefix="workers-") as made:
         variables = {
-            "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "default",
             "COLUMNS": "500",  # the SDK logs with rich, which would break lines in the middle of a word
             "TEST_DIRECTORY": made,
