@@ -479,7 +479,8 @@ _statement(
     "attach",
     # The newest reader wins, if its cursor is one that was given out and nothing after it is missing; the older one, if
     # it sits elsewhere, is told. The event of the cursor itself may be gone: the next one then vouches for it, or the
-    # floor, or the end of the stream. If it is refused, the last column tells whether it had been given out.
+    # floor, or the end of the stream. If it is refused, the last column tells whether what it names has left with a
+    # partition; what a failover lost has something after it.
     """
     WITH given AS (
         SELECT created_at FROM {s}.events
@@ -501,8 +502,8 @@ _statement(
            CASE WHEN previous.reader_worker <> %(me)s AND attached.reader_generation IS NOT NULL
                 THEN pg_notify(%(prefix)s::text || previous.reader_worker,
                                'k' || %(stream)s || ':' || attached.reader_generation) END,
-           coalesce(%(after)s < previous.floor OR %(after)s < previous.final_seq, false)
-               OR EXISTS (SELECT FROM following)
+           %(after)s < previous.floor
+               OR (coalesce(%(after)s < previous.final_seq, false) AND NOT EXISTS (SELECT FROM following))
       FROM previous LEFT JOIN attached ON true
     """,
 )

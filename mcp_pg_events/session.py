@@ -99,11 +99,13 @@ class Session:
         hub: Hub,
         *,
         session_id: str,
+        owner: str | None,
         worker: Callable[[], int],
         json_response: bool,
         on_over: Callable[[Session], None],
     ) -> None:
         self.session_id = session_id
+        self.owner = owner
         self.incarnation = next(_incarnations)
         self.standalone: Stream | None = None
         self._server = server

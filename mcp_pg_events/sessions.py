@@ -101,9 +101,6 @@ class Sessions:
 
     def open(self, key: SessionKey) -> Session:
         """A new session object, its loop running."""
-        return self._open(key.session_id)
-
-    def _open(self, session_id: str) -> Session:
         if self._tasks is None:
             raise RuntimeError("The app's lifespan has ended")
         session = Session(
@@ -111,27 +108,28 @@ class Sessions:
             self._lifespan_state,
             self._store.log,
             self._store.hub,
-            session_id=session_id,
+            session_id=key.session_id,
+            owner=key.owner,
             worker=self._store.worker_number,
             json_response=self._json_response,
             on_over=self._forget,
         )
-        self._sessions[session_id] = session
+        self._sessions[key.session_id] = session
         self._tasks.start_soon(session.run)
         return session
 
-    async def restored(self, session_id: str, record: SessionRecord, request: Request) -> Session:
+    async def restored(self, key: SessionKey, record: SessionRecord, request: Request) -> Session:
         """The session's object, made from what other workers left, ready to take a request."""
-        session = self._sessions.get(session_id)
+        session = self._sessions.get(key.session_id)
         if session is None:
-            ready = self._ready[session_id] = anyio.Event()
+            ready = self._ready[key.session_id] = anyio.Event()
             try:
-                session = self._open(session_id)
+                session = self.open(key)
                 session.restore(record)
                 await session.catch_up(record, request)
             finally:
                 ready.set()
-                self._ready.pop(session_id, None)
+                self._ready.pop(key.session_id, None)
         return session
 
     async def ready(self, session_id: str) -> Session | None:
@@ -148,8 +146,9 @@ class Sessions:
             request_id=json.dumps(message.id),
             request_key=request_key(message.id),
             method=message.method,
-            # Only a look: to wait for a session that is being restored would tell a stranger of it.
-            restore=not self.has(key.session_id),
+            # Only a look: to wait for a session that is being restored would tell a stranger of it. And to a stranger's
+            # request the session is as unknown here as it is elsewhere, so that it takes the same time.
+            restore=not (self.has(key.session_id) and self._sessions[key.session_id].owner == key.owner),
         )
 
     async def start(self, key: SessionKey, call: Call, message: JSONRPCRequest, body: bytes, request: Request) -> None:
@@ -157,7 +156,7 @@ class Sessions:
         session = await self.ready(key.session_id)
         if session is None:
             record = call.record or await self._store.log.find_session(key)
-            session = await self.restored(key.session_id, record, request)
+            session = await self.restored(key, record, request)
         elif session.behind(call.told):
             await session.catch_up(await self._store.log.find_session(key), request)
         session.start(message, call.stream, request)
@@ -185,7 +184,7 @@ class Sessions:
                     await log.post(others, key.session_id, raw)
                 session = await self.ready(key.session_id)
                 if session is None:
-                    session = await self.restored(key.session_id, record, request)
+                    session = await self.restored(key, record, request)
                 session.deliver(message, request)
                 return
         if named is None:

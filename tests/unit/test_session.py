@@ -87,6 +87,7 @@ async def running() -> AsyncIterator[Running]:
         cast(EventLog, log),
         Hub(),
         session_id="session",
+        owner=None,
         worker=lambda: 1,
         json_response=False,
         on_over=lambda _: found[0].over.set(),
