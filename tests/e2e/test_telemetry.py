@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from mcp_pg_events.finish import _MESSAGES
+from mcp_pg_events.finals import MESSAGES
 from mcp_pg_events.telemetry import INSTRUMENTS
 from tests.e2e.conftest import StartWorkers
 from tests.support.calls import Counting
@@ -132,7 +132,7 @@ async def test_every_documented_metric_and_span_is_recorded_and_no_other(
     assert figures.value("reaped.calls") == 2
     assert figures.value("reaped.calls", reason="session_ended") == 1
     assert {attributes["error.type"] for name, _, _, attributes, *_ in figures.points if "reaped" in name} <= set(
-        _MESSAGES
+        MESSAGES
     )
     assert figures.value("append.batch.size") == figures.value("append.events")
     assert figures.count("append.batch.size") == figures.count("append.duration") > 0
