@@ -132,12 +132,17 @@ async def test_all_that_a_session_does_goes_on_across_old_and_new_workers(
         before = await Session.initialize(workers[0].url)
         await upgraded(workers, database, role)
         first, second = workers.members
+        # Long enough for each to judge whether the other is alive.
+        long = [await Counting.start(before, n=8, seconds=8, base_url=worker.url) for worker in workers.members]
         # One that was there before the migration is served by the new code.
         assert await before.call_result("echo", {"text": "moved"}, base_url=second.url) == "moved"
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(flow(workers, first, second))
                 group.create_task(flow(workers, second, first))
+            for call in long:
+                group.create_task(call.finished())
+        assert query(database, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(2,)]
         assert_sound(workers, database)
 
 
