@@ -16,6 +16,8 @@ from tests.benchmarks.environment import Bench, bench
 from tests.benchmarks.figures import OURS, PERSIST, Ratio, Report
 from tests.support.tools import missing_tool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Bench]:

@@ -21,7 +21,7 @@ from tests.support.log import query
 from tests.support.mcp_http import LATEST, ConnectionCut, Response, Session, request
 from tests.support.workers import Worker, Workers
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 ACCEPT = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": LATEST}
 

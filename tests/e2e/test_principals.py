@@ -137,6 +137,7 @@ async def test_everybody_has_sessions_of_their_own_on_one_server(shared_workers:
     workers.assert_clean_logs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anns", MODULES[:1], indirect=True)
 async def test_another_principal_waits_as_long_as_for_an_unknown_session(anns: Anns) -> None:
     """Medians over interleaved requests, the order within a pair turning. A kind that seems apart is timed again."""

@@ -19,7 +19,7 @@ from tests.support.mcp_http import Session, close_all
 from tests.support.until import until
 from tests.support.workers import Worker, run_workers
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 DRAIN_TIMEOUT = 3.0
 EXPECTED = (r"\d+ calls did not finish within", r"Worker \(pid:\d+\) was sent SIGTERM")

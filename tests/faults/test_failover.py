@@ -16,7 +16,7 @@ from tests.support.resuming import split_id
 from tests.support.servers import Server, failover_dsn
 from tests.support.tcp_proxy import TcpProxy
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 
 class Standalone:

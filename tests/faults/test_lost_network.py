@@ -15,7 +15,7 @@ from tests.support.mcp_http import Session
 from tests.support.network import Network
 from tests.support.servers import ROLE
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 # The app answers to the names of this machine alone.
 HOST = {"Host": "127.0.0.1:80"}

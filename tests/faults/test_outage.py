@@ -67,6 +67,7 @@ async def test_a_restart_in_mid_call_loses_and_doubles_nothing(
         assert len(complaints(worker)) <= 20, "\n".join(complaints(worker))
 
 
+@pytest.mark.slow
 async def test_half_a_minute_without_a_database(start_server: StartServer, workers_on: WorkersOn) -> None:
     """The clients that were there lose nothing, those who come are told, and memory and the log stay small."""
     server = await start_server()

@@ -31,7 +31,7 @@ from tests.support.postgres import PASSWORD
 from tests.support.servers import ROLE, Cluster, Server
 from tests.support.workers import Worker, Workers, run_workers
 
-pytestmark = [pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 LASTS = 5.0
 """How long a trouble lasts, in seconds."""

@@ -23,7 +23,7 @@ from tests.support.haproxy import round_robin
 from tests.support.until import until
 from tests.support.workers import Workers
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(240)]
 
 CLIENTS = int(os.environ.get("ROLLING_CLIENTS", "50"))
 EVENTS = 8
