@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 SERVER = "tests.conformance.everything_server"
 RESULTS = re.compile(r"server-(?P<scenario>.+)-\d{4}-\d\d-\d\dT[0-9-]+Z")
 
-PROVOKED = (r"Invalid Host header: evil\.example\.com", r"requestState rejected on tools/call: malformed")
+PROVOKED = (r"Invalid Host header: evil\.example\.com", r"requestState rejected on tools/call: (malformed|seal)")
 """What the suite has the server warn of."""
 
 NOT_ACROSS_WORKERS = {
