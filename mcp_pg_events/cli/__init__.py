@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mcp_pg_events.cli import demo, doctor, migrate, retention, serve, stdio
+from mcp_pg_events.cli import demo, doctor, migrate, retention, serve, sessions, stdio
 from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
@@ -51,6 +51,7 @@ app.command(context_settings={"allow_interspersed_args": False})(stdio.proxy)
 app.command()(demo.demo)
 app.command()(retention.retention)
 app.command()(doctor.doctor)
+app.add_typer(sessions.app, name="sessions")
 
 
 def main() -> None:

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Dsn", "Host", "Level", "LivePath", "LogLevel", "Port", "ReadyPath", "Schema", "Workers"]
+__all__ = [
+    "Dsn",
+    "Host",
+    "Json",
+    "Level",
+    "LivePath",
+    "LogLevel",
+    "Port",
+    "ReadyPath",
+    "Schema",
+    "SessionId",
+    "Workers",
+]
 
 LogLevel = Literal["critical", "error", "warning", "info", "debug"]
 
@@ -28,6 +40,10 @@ Schema = Annotated[
         show_default=False,
     ),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id, its Mcp-Session-Id.")]
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")]
 

@@ -154,8 +154,10 @@ def test_there_are_programs() -> None:
 @pytest.mark.parametrize("block", blocks("console"), ids=str)
 def test_the_commands_that_are_shown_exist(block: Block) -> None:
     for line in re.findall(r"mcp-pg-events [^|&>\n]*", block.text):
-        _, name, *arguments = shlex.split(line.partition(" -- ")[0])
-        known = options(commands()[f"mcp-pg-events {name}"])
+        words = shlex.split(line.partition(" -- ")[0])
+        length = 3 if " ".join(words[:3]) in commands() else 2
+        known = options(commands()[" ".join(words[:length])])
+        arguments = words[length:]
         assert [word for word in arguments if word.startswith("-") and word not in known] == [], line
 
 
@@ -165,7 +167,11 @@ def test_the_commands_that_are_shown_exist(block: Block) -> None:
 def commands() -> dict[str, Any]:
     """The commands that `--help` shows, by their names; Typer brings its own Click."""
     group: Any = typer.main.get_command(command_line)
-    return {"mcp-pg-events": group} | {f"mcp-pg-events {name}": each for name, each in group.commands.items()}
+    found = {"mcp-pg-events": group}
+    for name, each in group.commands.items():
+        inner = getattr(each, "commands", {"": each})
+        found |= {f"mcp-pg-events {name} {second}".strip(): command for second, command in inner.items()}
+    return found
 
 
 def options(command: Any) -> dict[str, Any]:
