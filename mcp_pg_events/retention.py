@@ -10,6 +10,7 @@ Everything here blocks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -33,16 +34,26 @@ __all__ = ["Outcome", "Report", "run"]
 
 AHEAD: Final = 2
 BATCH: Final = 5000
+FLOORS: Final = 1000
+"""How many streams may be locked at a time: nobody stores into them meanwhile."""
 LOCK_PATIENCE: Final = "3s"
 """How long a concurrent detach may wait for those who read the partition. It holds nobody up meanwhile."""
 DROP_PATIENCE: Final = "200ms"
 """How long a lock may be waited for that others would queue behind."""
 MARK: Final = "mcp_pg_events: expired"
-"""The comment of a partition that is on its way out: a table with it that is detached already is ours to drop."""
+"""The comment of a partition that is on its way out. Only a table with it may be dropped once it is hidden or detached:
+somebody else may detach a partition to keep it."""
 
-Result = Literal["dropped", "kept", "expired", "contended", "missing"]
+Result = Literal["dropped", "kept", "expired", "contended", "missing", "pending"]
 """`expired`: would be dropped, were this no rehearsal. `contended`: somebody reads it, so it is not gone yet; it may be
-hidden already, and the next pass goes on. `missing`: somebody else dropped it meanwhile."""
+hidden already, and the next pass goes on. `missing`: somebody else dropped or detached it meanwhile. `pending`: it is
+being detached by somebody else, and left alone."""
+
+_BUSY: Final = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.ObjectNotInPrerequisiteState,  # another partition is being detached
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class Report:
-    """What one pass did: partitions made and dropped, rows removed by table, seconds. `busy`: another pass runs."""
+    """What one pass did: partitions made and dropped, rows removed by table, seconds.
+
+    `busy`: another pass runs. `locked`: a lock that somebody holds kept it from making partitions, or from going on.
+    """
 
     created: int = 0
     partitions: list[Outcome] = field(default_factory=list)
@@ -67,11 +81,12 @@ class Report:
     seconds: float = 0.0
     dry_run: bool = False
     busy: bool = False
+    locked: bool = False
 
     @property
     def contended(self) -> bool:
         """Whether something is left to do that could not be done now."""
-        return self.busy or any(outcome.result == "contended" for outcome in self.partitions)
+        return self.busy or self.locked or any(outcome.result == "contended" for outcome in self.partitions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +97,13 @@ class _Found:
     partition: Partition | None
     pending: bool
     attached: bool
+    marked: bool
     bytes: int
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier pass hid or detached it, and did not get to drop it."""
+        return self.marked and (self.pending or not self.attached)
 
 
 def run(
@@ -104,7 +125,11 @@ def run(
         DatabaseUnavailable, NotMigrated, Error: it cannot be done here, or not by this role.
     """
     began = time.monotonic()
-    with translated("retention"), connect(Target(dsn, schema), "mcp-pg-events retention") as connection:
+    with (
+        telemetry.span("retention"),
+        translated("retention"),
+        connect(Target(dsn, schema), "mcp-pg-events retention") as connection,
+    ):
         connection.autocommit = True
         report = _Pass(connection, check_schema(schema), ttl, dry_run, archive_to, on_partition).run()
     report.seconds = time.monotonic() - began
@@ -136,8 +161,19 @@ class _Pass:
     def run(self) -> Report:
         self._do("SET search_path = {schema}, pg_temp")
         self._do("SET lock_timeout = {}", DROP_PATIENCE)
-        # Its own session's: whatever a role or database has set would end a pass in the middle.
+        # Its own session's: whatever a role or database has set would end a pass in the middle, or be misread.
         self._do("SET statement_timeout = 0")
+        self._do("SET timezone = 'UTC'")
+        self._do("SET datestyle = 'ISO, YMD'")
+        try:
+            self._go()
+        except psycopg.errors.LockNotAvailable:
+            self._report.locked = True
+        return self._report
+
+    def _go(self) -> None:
+        # Before anything is marked: a database of an earlier revision has another one.
+        self._do("SELECT 'raise_floors(regclass, timestamptz, bigint, integer)'::regprocedure")
         [(interval, now)] = self._do("SELECT partition_interval, now() FROM settings")
         policy = Policy(cast("Interval", interval), AHEAD, self._ttl)
         if self._ttl is not None and self._ttl < _length(policy.interval):
@@ -150,45 +186,56 @@ class _Pass:
         )
         if not alone:
             self._report.busy = True
-            return self._report
+            return
         if not self._dry_run:
-            [(self._report.created,)] = self._do("SELECT ensure_partitions({})", AHEAD)
+            self._make()
         found = self._find()
-        known = [each.partition for each in found if each.partition is not None and each.attached]
-        expired = set(plan(now, known, policy).drop)
-        going = [each for each in found if each.partition in expired or each.pending or not each.attached]
-        kept = [each for each in found if each not in going]
+        going: list[_Found] = []
+        if self._ttl is not None:
+            ours = [each.partition for each in found if each.partition is not None and not each.pending]
+            expired = set(plan(now, ours, policy).drop)
+            going = [each for each in found if each.begun or (each.partition in expired and not each.pending)]
         for place, each in enumerate(going, 1):
             self._on_partition(each.name, place, len(going))
             self._let_go(each)
-        for each in kept:
-            self._note(each, "kept")
+        for each in (each for each in found if each not in going):
+            if each.marked and not each.begun and not self._dry_run:
+                # Marked by a pass that was killed, and of one that kept events for less long.
+                self._unmark(each)
+            self._note(each, "pending" if each.pending and not each.marked else "kept")
         if self._ttl is not None and not self._dry_run:
-            left = {outcome.lower for outcome in self._report.partitions if outcome.result in ("kept", "contended")}
+            gone = ("dropped", "missing")
+            left = {outcome.lower for outcome in self._report.partitions if outcome.result not in gone}
             self._remove_rows(min((lower for lower in left if lower is not None), default=now))
-        return self._report
 
     # --- partitions ---------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        try:
+            [(self._report.created,)] = self._do("SELECT ensure_partitions({})", AHEAD)
+        except psycopg.errors.LockNotAvailable:
+            # There are some ahead, and a worker makes them too; what has expired may go all the same.
+            self._report.locked = True
 
     def _find(self) -> list[_Found]:
         """Every table that is ours: partitions by their names, and detached ones by their comment, the oldest first."""
         rows = self._do(
             """
             SELECT c.relname, bounds[1]::timestamptz, bounds[2]::timestamptz, coalesce(i.inhdetachpending, false),
-                   i.inhrelid IS NOT NULL, pg_total_relation_size(c.oid)
+                   i.inhrelid IS NOT NULL, obj_description(c.oid, 'pg_class') IS NOT DISTINCT FROM {mark},
+                   coalesce(pg_total_relation_size(c.oid), 0)
               FROM pg_class c LEFT JOIN pg_inherits i ON i.inhrelid = c.oid AND i.inhparent = 'events'::regclass
               LEFT JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid),
                   '^FOR VALUES FROM \\(''([^'']+)''\\) TO \\(''([^'']+)''\\)$') AS bounds ON true
              WHERE c.relkind = 'r'
                AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'events'::regclass)
-               AND (bounds IS NOT NULL OR i.inhrelid IS NULL AND obj_description(c.oid, 'pg_class') = {})
+               AND (bounds IS NOT NULL OR i.inhrelid IS NULL AND obj_description(c.oid, 'pg_class') = {mark})
              ORDER BY bounds[2]::timestamptz NULLS FIRST, c.relname
             """,
-            MARK,
         )
         return [
-            _Found(name, Partition(lower, upper) if upper is not None else None, pending, attached, size)
-            for name, lower, upper, pending, attached, size in rows
+            _Found(name, Partition(lower, upper) if upper is not None else None, pending, attached, marked, size)
+            for name, lower, upper, pending, attached, marked, size in rows
             if parse_name(name) is not None
         ]
 
@@ -198,27 +245,47 @@ class _Pass:
             self._note(found, "expired")
             return
         archived: str | None = None
+        detached = not found.attached
         try:
             if self._archive_to is not None:
                 archived = str(archive(self._connection, self._schema, found.name, self._archive_to))
-            if found.attached and not found.pending:
-                self._do("COMMENT ON TABLE {name} IS {}", MARK, name=found.name)
-                assert found.partition is not None
-                self._do("SELECT raise_floors({}::regclass, {})", _quoted(found.name), found.partition.upper)
+            if not found.begun:
+                self._raise_floors(found)
+                self._do("COMMENT ON TABLE {name} IS {mark}", name=found.name)
             self._do("SET lock_timeout = {}", LOCK_PATIENCE)
-            if found.attached:
+            if not detached:
                 how = "FINALIZE" if found.pending else "CONCURRENTLY"
                 self._do(f"ALTER TABLE events DETACH PARTITION {{name}} {how}", name=found.name)
+                detached = True
             self._do("DROP TABLE {name}", name=found.name)
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.ObjectNotInPrerequisiteState):
+        except _BUSY:
             # Somebody reads it, or it waits for another one that somebody reads.
+            if any(each.name == found.name and each.attached and not each.pending for each in self._find()):
+                self._unmark(found)
             self._note(found, "contended", archived)
         except psycopg.errors.UndefinedTable:
+            if not detached:
+                self._unmark(found)
             self._note(found, "missing", archived)
         else:
             self._note(found, "dropped", archived)
         finally:
             self._do("SET lock_timeout = {}", DROP_PATIENCE)
+
+    def _raise_floors(self, found: _Found) -> None:
+        """Page by page, each in a transaction of its own."""
+        assert found.partition is not None
+        after: int | None = 0
+        while after is not None:
+            [(after,)] = self._do(
+                "SELECT raise_floors({}::regclass, {}, {}, {})",
+                *(_quoted(found.name), found.partition.upper, after, FLOORS),
+            )
+
+    def _unmark(self, found: _Found) -> None:
+        """Take the mark from a table that no pass has hidden: somebody else may detach it, to keep it."""
+        with contextlib.suppress(psycopg.errors.UndefinedTable, *_BUSY):
+            self._do("COMMENT ON TABLE {name} IS NULL", name=found.name)
 
     def _note(self, found: _Found, result: Result, archived: str | None = None) -> None:
         lower = found.partition.lower if found.partition is not None else None
@@ -248,7 +315,7 @@ class _Pass:
 
     def _do(self, statement: LiteralString, *values: Any, name: str | None = None) -> list[Any]:
         """Run one statement with literals in the place of `{}`, and an identifier in that of `{name}`; its rows."""
-        named = {"schema": sql.Identifier(self._schema)}
+        named: dict[str, sql.Composable] = {"schema": sql.Identifier(self._schema), "mark": sql.Literal(MARK)}
         if name is not None:
             named["name"] = sql.Identifier(name)
         composed = sql.SQL(statement).format(*map(sql.Literal, values), **named)

@@ -34,6 +34,7 @@ __all__ = [
     "received",
     "resumed",
     "retention",
+    "retention_step",
     "span",
     "stored",
 ]
@@ -211,6 +212,17 @@ def retention(seconds: float, *, partitions: Mapping[str, int], rows: Mapping[st
         _partitions.add(number, {f"{SCOPE}.retention.result": result})
     for table, number in rows.items():
         _removed.add(number, {f"{SCOPE}.retention.table": table})
+
+
+def retention_step(seconds: float, rows: Iterable[tuple[str, str]]) -> None:
+    """What a call of `drop_expired` said: partitions and what became of them, kinds of rows and how many went."""
+    said = list(rows)
+    results = [result for _, result in said if not result.isdecimal()]
+    retention(
+        seconds,
+        partitions={result: results.count(result) for result in results},
+        rows={what: int(result) for what, result in said if result.isdecimal()},
+    )
 
 
 # --- spans ------------------------------------------------------------------------------------------------------------

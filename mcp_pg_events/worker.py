@@ -244,15 +244,20 @@ class Worker:
         while True:
             await asyncio.sleep(pause)
             pause = RETENTION_INTERVAL
+            began = asyncio.get_running_loop().time()
             try:
-                rows = await self.database.fetch(self._queries.drop_expired, {"ttl": ttl}, patience=RETENTION_PATIENCE)
+                with telemetry.span("retention"):
+                    rows = await self.database.fetch(
+                        self._queries.drop_expired, {"ttl": ttl}, patience=RETENTION_PATIENCE
+                    )
             except Error as error:
                 logger.warning("Old events could not be removed: %s", error)
                 continue
             if rows:
-                if all(result != "contended" for _, result in rows):
+                if any(result not in ("contended", "detach pending") for _, result in rows):
                     # There may be more: a call does one step, so that it holds nobody up for long.
                     pause = RETENTION_FIRST
+                telemetry.retention_step(asyncio.get_running_loop().time() - began, rows)
                 logger.info("Retention: %s", ", ".join(f"{what} {result}" for what, result in rows))
 
     async def _finish(self, streams: list[int], reason: str) -> None:

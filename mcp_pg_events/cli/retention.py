@@ -26,12 +26,18 @@ TRY_AGAIN = 75
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
+_LONGEST = timedelta(days=36500)
+
+
 def parse_duration(text: str) -> timedelta:
     """`90s`, `30m`, `12h`, `7d` or `2w` as a time span. Raises `typer.BadParameter` for anything else."""
     match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text.strip(), re.ASCII)
     if match is None or not int(match[1]):
         raise typer.BadParameter(f"{text!r} is no time span such as 12h, 7d or 4w.")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    span = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    if span >= _LONGEST:
+        raise typer.BadParameter(f"{text!r} is longer than a hundred years.")
+    return span
 
 
 def retention(
@@ -66,7 +72,7 @@ def retention(
     server, and a server hurts nothing when it is forgotten: the log then only grows.
 
     Exit codes: 0 done, 1 failed, 2 wrong options, 75 something is left for the next time, since somebody reads a
-    partition in a long transaction, or another pass runs.
+    partition in a long transaction, holds a lock, or another pass runs.
 
     Examples:
 
@@ -109,9 +115,11 @@ def _lines(report: Report, ttl: timedelta | None) -> list[str]:
     if report.busy:
         return ["Another pass runs in this schema; this one stepped aside."]
     lines = []
+    if report.locked:
+        lines.append("locked     Somebody holds a lock that this pass needs; the next pass goes on.")
     if report.created:
         lines.append(f"created    {report.created} partitions ahead")
-    for result in ("dropped", "expired", "contended", "missing"):
+    for result in ("dropped", "expired", "contended", "missing", "pending"):
         lines += [_line(outcome) for outcome in report.partitions if outcome.result == result]
     kept = [outcome for outcome in report.partitions if outcome.result == "kept"]
     lines.append(f"kept       {len(kept)} partitions, {_size(sum(outcome.bytes for outcome in kept))}")
@@ -120,8 +128,10 @@ def _lines(report: Report, ttl: timedelta | None) -> list[str]:
         lines.append("No --ttl was given, so nothing is dropped.")
     if report.dry_run:
         lines.append("Only a rehearsal: nothing was changed.")
-    elif report.contended:
+    elif any(outcome.result == "contended" for outcome in report.partitions):
         lines.append("Somebody reads what is contended, in a transaction that goes on; the next pass will drop it.")
+    if any(outcome.result == "pending" for outcome in report.partitions):
+        lines.append("Somebody else detaches what is pending; until that has finished, nothing else can be detached.")
     lines.append(f"{report.seconds:.1f} s")
     return lines
 

@@ -35,6 +35,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute("DROP FUNCTION drop_expired(interval, integer)")
     op.execute("DROP FUNCTION remove_rows(timestamptz, interval, text, integer)")
-    op.execute("DROP FUNCTION raise_floors(regclass, timestamptz)")
+    op.execute("DROP FUNCTION IF EXISTS raise_floors(regclass, timestamptz, bigint, integer)")
+    op.execute("DROP FUNCTION IF EXISTS raise_floors(regclass, timestamptz)")  # as it was before revision 0006
     op.execute("DROP INDEX sessions_seen, sessions_ended, streams_unsaid, streams_ended")
     op.execute("ALTER TABLE streams DROP COLUMN ended_at")

@@ -7,10 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from mcp_pg_events.errors import ConfigurationError, Error, NotMigrated
 from mcp_pg_events.retention import Report
 from tests.support.ageing import DAYS, age
 from tests.support.log import partitions, query
+from tests.support.retaining import appending, reading, results
 
 SCHEMA = "mcp_events"
 WEEK = timedelta(days=7)
@@ -30,44 +27,6 @@ WEEK = timedelta(days=7)
 
 def run(dsn: str, ttl: timedelta | None = WEEK, **arguments: Any) -> Report:
     return retention.run(dsn, schema=SCHEMA, ttl=ttl, **arguments)
-
-
-def results(report: Report) -> dict[str, int]:
-    found = [outcome.result for outcome in report.partitions]
-    return {result: found.count(result) for result in set(found)}
-
-
-@contextmanager
-def reading(dsn: str) -> Iterator[None]:
-    """Somebody who has read events, in a transaction that goes on."""
-    with psycopg.connect(dsn) as connection:
-        connection.execute("SELECT count(*) FROM mcp_events.events").fetchone()
-        yield
-        connection.rollback()
-
-
-@contextmanager
-def appending(dsn: str) -> Iterator[list[float]]:
-    """Somebody who stores events all the while, and how long each took."""
-    took: list[float] = []
-    over = threading.Event()
-
-    def append() -> None:
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            while not over.is_set():
-                began = time.monotonic()
-                connection.execute(
-                    "INSERT INTO mcp_events.events (stream, seq, payload) VALUES (999, %s, '{}')", [len(took) + 1]
-                )
-                took.append(time.monotonic() - began)
-
-    thread = threading.Thread(target=append)
-    thread.start()
-    try:
-        yield took
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_what_is_older_than_the_ttl_goes_and_nothing_else(migrated: str) -> None:
