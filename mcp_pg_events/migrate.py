@@ -13,7 +13,7 @@ import io
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -226,7 +226,7 @@ def _grant(connection: psycopg.Connection[Any], schema: str, role: str) -> None:
 def translated(work: str = "migration") -> Iterator[None]:
     """Say in one sentence, and without a password, what Alembic or PostgreSQL refused to `work`."""
     try:
-        with _one_at_a_time:
+        with _one_at_a_time if work == "migration" else nullcontext():
             yield
     except CommandError as error:
         if "Can't locate revision" in str(error):

@@ -19,7 +19,7 @@ from ..migrate import Target, connect, translated
 from ..schema import NEEDS, REVISION, check_schema
 from . import statements
 
-__all__ = ["Desk", "no_session", "open_desk"]
+__all__ = ["Desk", "checked_id", "no_session", "open_desk"]
 
 PATIENCE: Final = 30.0
 """Seconds that one statement may take, unless it says otherwise."""
@@ -103,3 +103,14 @@ def no_session(desk: Desk, session_id: str) -> Error:
     """What to say of a session that is not there."""
     shown = repr(session_id[:200])
     return Error(f"There is no session {shown} in schema {desk.schema}; `mcp-pg-events sessions list` shows those.")
+
+
+def checked_id(desk: Desk, session_id: str) -> str:
+    """A session's id that PostgreSQL's text can take; no other one is anybody's."""
+    try:
+        session_id.encode()
+    except UnicodeEncodeError:
+        raise no_session(desk, session_id) from None
+    if "\0" in session_id:
+        raise no_session(desk, session_id)
+    return session_id

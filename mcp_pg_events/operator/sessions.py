@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, Error
 from ..finals import final_error
 from ..queries import Queries
 from . import statements
-from .desk import Desk, no_session
+from .desk import Desk, checked_id, no_session
 
 __all__ = [
     "Call",
@@ -224,7 +224,7 @@ def details(desk: Desk, session_id: str) -> Details:
     Raises:
         Error: there is none.
     """
-    asked = {"session": _checked(desk, session_id)}
+    asked = {"session": checked_id(desk, session_id)}
     rows = desk.look(statements.SESSION, asked)
     if not rows:
         raise no_session(desk, session_id)
@@ -253,17 +253,6 @@ def details(desk: Desk, session_id: str) -> Details:
         running=[_call(row) for row in running],
         newest_streams=[_stream(row) for row in streams],
     )
-
-
-def _checked(desk: Desk, session_id: str) -> str:
-    """A session's id that PostgreSQL's text can take; no other one is anybody's."""
-    try:
-        session_id.encode()
-    except UnicodeEncodeError:
-        raise no_session(desk, session_id) from None
-    if "\0" in session_id:
-        raise no_session(desk, session_id)
-    return session_id
 
 
 def _client(initialize: str | None) -> str | None:
@@ -308,7 +297,7 @@ def end(desk: Desk, session_id: str) -> int | None:
     Raises:
         Error: there is no such session.
     """
-    asked = {"session": _checked(desk, session_id), "reason": "deleted", "error": _error()}
+    asked = {"session": checked_id(desk, session_id), "reason": "deleted", "error": _error()}
     with desk.transaction(writes=True):
         rows = desk.run(statements.END_SESSION, asked)
     if not rows:
@@ -354,7 +343,7 @@ def purge(desk: Desk, session_id: str, *, end_first: bool) -> Purged:
     """
     ended = False
     calls = 0
-    asked: dict[str, Any] = {"session": _checked(desk, session_id), "error": _error()}
+    asked: dict[str, Any] = {"session": checked_id(desk, session_id), "error": _error()}
     rows = desk.look(statements.SESSION, asked)
     if not rows:
         raise no_session(desk, session_id)
