@@ -14,10 +14,10 @@ from .appends import Identity
 from .backend import Call, RequestInFlight, SessionKey, SessionUnknown, Stream
 from .database import Database
 from .hub import Hub
+from .ids import request_key
 from .inbox import Inbox
-from .log import Log, asking
-from .queries import Queries
-from .session import request_key
+from .log import Log
+from .queries import Queries, asking
 
 __all__ = ["BoundSessions"]
 

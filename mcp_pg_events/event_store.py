@@ -15,7 +15,7 @@ from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCResponse, jsonrpc_mes
 from . import sse, telemetry
 from .backend import CursorRejected, SessionKey, SessionUnknown, Stream
 from .errors import ConfigurationError, Error
-from .session import request_key
+from .ids import request_key
 
 if TYPE_CHECKING:
     from .store import PostgresStore

@@ -47,8 +47,9 @@ from .backend import (
 )
 from .errors import DatabaseRefused, DatabaseUnavailable, Error
 from .hub import Subscription
+from .ids import request_key
 from .reader import ReaderOptions, SSEReader, read_final
-from .session import RESUMABLE_SINCE, request_key
+from .session import RESUMABLE_SINCE
 
 if TYPE_CHECKING:
     from .store import PostgresStore

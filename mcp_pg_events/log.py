@@ -18,6 +18,7 @@ from psycopg.rows import TupleRow
 
 from .appends import MARGIN, Identity
 from .arrays import Int8Array, TextArray
+from .attachments import Attachments
 from .backend import (
     Attachment,
     Call,
@@ -38,10 +39,10 @@ from .fetcher import Fetcher
 from .finish import Finisher
 from .hub import Hub
 from .opener import Opener
-from .queries import Queries
+from .queries import Queries, asking
 from .writer import Writer
 
-__all__ = ["Log", "asking"]
+__all__ = ["Log"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ SUBSCRIPTIONS: Final = 1000
 URI_LENGTH: Final = 4096
 """How many subscriptions, and of what length, a session has remembered for it; each restoring replays them all."""
 
-_RENEWING: Final = "This worker was declared dead and takes a new number; send the request again"
 _BIGINT: Final = 2**63
 _BEGINNING: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -77,6 +77,7 @@ class Log:
         self._finisher = finisher
         self._hub = hub
         self._prefix = channel_prefix
+        self._attachments = Attachments(database, queries, identity, writer, channel_prefix)
         self._identity = identity
         self._opening: set[tuple[str, str | None, str]] = set()
 
@@ -206,7 +207,7 @@ class Log:
             RequestInFlight: a request with this id is running in the session, on whichever worker.
         """
         method = method.replace("\0", "")[:200]
-        running = self._writer.running(key.session_id, request_key)
+        running = self._writer.calls.running(key.session_id, request_key)
         with self.opening(key, request_key):
             if not restore and (opened := await self._opener.open(key, request_id, request_key, method)) is not None:
                 stream = self.own(
@@ -231,7 +232,7 @@ class Log:
             if epoch is None:
                 raise self._gone(me)
             if number is None:
-                if busy is None or busy_worker != me or busy == running or self._writer.owns(busy):
+                if busy is None or busy_worker != me or busy == running or self._writer.calls.owns(busy):
                     raise RequestInFlight(busy if busy_worker != me else None)
                 # This worker's, it runs nothing under the id, and nobody else here opens it: the statement ran twice,
                 # since its first answer was lost.
@@ -256,9 +257,8 @@ class Log:
             self._opening.discard(opening)
 
     def check_identity(self, worker: int) -> None:
-        """Raise DatabaseUnavailable where `worker` is no longer this worker's number."""
-        if worker != self._identity.number or self._writer.lost:
-            raise DatabaseUnavailable(_RENEWING)
+        """See `Writer.check_identity`."""
+        self._writer.check_identity(worker)
 
     async def abandoned(self, stream: int) -> bool:
         """Whether the worker of a stream's call has lost its lock, or has been ended."""
@@ -267,7 +267,7 @@ class Log:
 
     def runs(self, stream: int) -> bool:
         """Whether the call that `stream` belongs to runs here."""
-        return self._writer.owns(stream)
+        return self._writer.calls.owns(stream)
 
     def own(
         self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime, request_key: str
@@ -297,63 +297,19 @@ class Log:
     # --- readers ------------------------------------------------------------------------------------------------------
 
     async def attach(self, key: SessionKey, stream: int | None, after: int | None, *, patience: float) -> Attachment:
-        """Become the newest reader of a stream, after a position that its client was given.
-
-        Raises:
-            SessionUnknown: no such session for this asker.
-            CursorRejected: `unknown` (also another session's), or `expired`.
-        """
+        """See `Attachments.attach`."""
         if stream is not None and (stream >= _BIGINT or (after or 0) >= _BIGINT):
             await self.find_session(key)
             raise CursorRejected("unknown")
-        rows = await self._database.fetch(
-            self._queries.find_stream, asking(key) | {"stream": stream, "after": after or 0}, patience=patience
-        )
-        if not rows:
-            raise SessionUnknown
-        protocol_version, number, standalone, floor, cursor, _, bound = rows[0]
-        if number is None:
-            raise CursorRejected("unknown")
-        position: int = max(cursor, floor) if after is None else after
-        bound -= MARGIN
-        me = self._identity.number
-        rows = await self._database.fetch(
-            self._queries.attach,
-            {
-                "stream": number,
-                "after": position,
-                "bound": bound,
-                "me": me,
-                "prefix": self._prefix,
-                "given": after is not None,
-            },
-            patience=patience,
-            prepare=False,
-        )
-        # Its wake-ups would go to a channel that nobody hears any more.
-        self.check_identity(me)
-        if not rows:
-            raise CursorRejected("unknown")
-        generation, final_seq, floor, given_at, _, was_given = rows[0]
-        if generation is None:
-            raise CursorRejected("expired" if was_given else "unknown")
-        self._writer.attached(number, generation, here=True)
-        if given_at is not None:
-            bound = max(bound, given_at - MARGIN)
-        complete = final_seq is not None and position >= final_seq
-        return Attachment(number, generation, position, bound, standalone, protocol_version or "", complete)
+        return await self._attachments.attach(key, stream, after, patience=patience)
 
     async def detach(self, stream: int, generation: int, position: int) -> None:
-        """The reader of this generation is gone; `position` is the last number it was handed."""
-        await self._database.fetch(
-            self._queries.detach, {"stream": stream, "generation": generation, "position": position}
-        )
+        """See `Attachments.detach`."""
+        await self._attachments.detach(stream, generation, position)
 
     async def close_reader(self, stream: int) -> None:
-        """End the response that reads `stream` on another worker; nothing when nobody reads it."""
-        await self._database.fetch(
-            self._queries.close_reader, {"stream": stream, "me": self._identity.number, "prefix": self._prefix}
-        )
+        """See `Attachments.close`."""
+        await self._attachments.close(stream)
 
     async def read(self, stream: int, after: int, bound: datetime) -> Page:
         """See `Fetcher.read`."""
@@ -402,17 +358,6 @@ class Log:
             {"workers": Int8Array(workers), "session": session_id, "payload": payload, "prefix": self._prefix},
         )
         return len(rows)
-
-
-def asking(key: SessionKey) -> dict[str, Any]:
-    """Who asks for what, as the statements want it."""
-    return {
-        "session": key.session_id,
-        "server": key.server,
-        "owner": key.owner,
-        "idle": key.idle_timeout,
-        "touch": key.touch_interval,
-    }
 
 
 def _record(row: TupleRow) -> SessionRecord | None:

@@ -8,11 +8,9 @@ on their way out and lose it on their way in, since every worker's dispatcher co
 from __future__ import annotations
 
 import contextvars
-import hashlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -44,9 +42,10 @@ from starlette.requests import Request
 from .backend import EventLog, SessionRecord, Stream
 from .errors import AppendRefused, Error
 from .hub import Hub
+from .ids import incoming, outgoing
 from .inlet import Inlet
 
-__all__ = ["REQUEST_CANCELLED", "Session", "parse_wire_id", "request_key"]
+__all__ = ["REQUEST_CANCELLED", "RESUMABLE_SINCE", "Session"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +58,7 @@ RESUMABLE_SINCE: Final = "2025-11-25"
 
 RESTORE_TIMEOUT: Final = 5.0
 
-_WIRE_ID: Final = re.compile(r"w([0-9]{1,18})\.([0-9]{1,18})\.(.*)", re.ASCII | re.DOTALL)
 _incarnations = itertools.count(1)
-
-
-def request_key(request_id: RequestId) -> str:
-    """The key under which two ids are one: the SDK takes `"12"`, 12 and `"1_2"` for the same request."""
-    coerced = coerce_request_id(request_id)
-    if isinstance(coerced, int) and coerced.bit_length() < 500:
-        return f"i{coerced}"
-    # Of bounded length and without U+0000, whatever the client's id is like.
-    return "s" + hashlib.sha256(str(coerced).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def parse_wire_id(request_id: RequestId | None) -> tuple[int, int, str] | None:
-    """Worker, session object and id of a request that a server sent; None when it is none of ours."""
-    match = _WIRE_ID.fullmatch(request_id) if isinstance(request_id, str) else None
-    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 @dataclass(slots=True, eq=False)
@@ -237,18 +220,8 @@ class Session:
 
     def deliver(self, message: JSONRPCMessage, request: Request | None) -> None:
         """A client's notification, or its answer to a request of ours that names this session object."""
-        message = self._incoming(message)
+        message = incoming(message)
         self._feed(message, ServerMessageMetadata(request_context=request, can_send_request=False))
-
-    def _incoming(self, message: JSONRPCMessage) -> JSONRPCMessage:
-        match message:
-            case JSONRPCResponse() | JSONRPCError():
-                if (named := parse_wire_id(message.id)) is not None:
-                    return message.model_copy(update={"id": named[2]})
-            case JSONRPCNotification(method="notifications/progress", params=dict() as params):
-                if (named := parse_wire_id(params.get("progressToken"))) is not None:
-                    return message.model_copy(update={"params": params | {"progressToken": named[2]}})
-        return message
 
     def _feed(self, message: JSONRPCMessage, metadata: ServerMessageMetadata) -> None:
         if self._over:
@@ -311,7 +284,7 @@ class Session:
         if self._over:
             raise anyio.ClosedResourceError
         related = item.metadata.related_request_id if isinstance(item.metadata, ServerMessageMetadata) else None
-        message = self._outgoing(message)
+        message = outgoing(message, self._worker(), self.incarnation)
         if related is None:
             if self.standalone is None:
                 logger.debug("Dropped %s: the session has no standalone stream yet", message.method)
@@ -382,24 +355,6 @@ class Session:
                 self._told = told
         except Error as error:
             logger.warning("Session %s could not record %s: %s", self.session_id, request.method, error)
-
-    def _outgoing(self, message: JSONRPCRequest | JSONRPCNotification) -> JSONRPCRequest | JSONRPCNotification:
-        params = message.params
-        match message:
-            case JSONRPCRequest():
-                wire_id = self._wire_id(message.id)
-                if params and isinstance(meta := params.get("_meta"), dict) and meta.get("progressToken") == message.id:
-                    params = params | {"_meta": meta | {"progressToken": wire_id}}
-                    return message.model_copy(update={"id": wire_id, "params": params})
-                return message.model_copy(update={"id": wire_id})
-            case JSONRPCNotification(method="notifications/cancelled", params=dict() as named):
-                if isinstance(request_id := named.get("requestId"), int | str):
-                    update = {"params": named | {"requestId": self._wire_id(request_id)}}
-                    return message.model_copy(update=update)
-        return message
-
-    def _wire_id(self, request_id: RequestId) -> str:
-        return f"w{self._worker()}.{self.incarnation}.{request_id}"
 
     async def aclose(self) -> None:
         """The dispatcher is through."""

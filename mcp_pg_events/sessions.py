@@ -28,7 +28,8 @@ from mcp_types import (
 from starlette.requests import Request
 
 from .backend import App, Call, SessionKey, SessionRecord, Stream
-from .session import Session, parse_wire_id, request_key
+from .ids import parse_wire_id, request_key
+from .session import Session
 from .upkeep import keep_up
 
 if TYPE_CHECKING:

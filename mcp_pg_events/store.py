@@ -251,9 +251,9 @@ class PostgresStore(EventStore):
     async def _finish_calls(self, worker: Worker, sessions: Callable[[], set[str]] | None) -> None:
         try:
             async with asyncio.timeout(self._settings.drain_timeout):
-                await worker.writer.wait_for_calls(sessions)
+                await worker.writer.calls.wait(sessions)
         except TimeoutError:
-            left = worker.writer.calls(sessions)
+            left = worker.writer.calls.numbers(sessions)
             logger.warning("%d calls did not finish within %s s of draining", len(left), self._settings.drain_timeout)
             try:
                 await worker.finisher.finish_own(left, "shutdown")

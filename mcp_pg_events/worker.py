@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 
-from . import tasks, telemetry
+from . import chores, tasks, telemetry
 from .appends import Identity
 from .arrays import TextArray
 from .backend import App
@@ -39,13 +39,6 @@ from .writer import Writer
 __all__ = ["Worker", "WorkerSettings"]
 
 logger = logging.getLogger(__name__)
-
-PARTITIONS_AHEAD: Final = 2
-ORPHAN_CHECK: Final = 10.0
-RETENTION_FIRST: Final = 10.0
-RETENTION_INTERVAL: Final = 3600.0
-RETENTION_PATIENCE: Final = 60.0
-PARTITION_CHECK: Final = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +89,7 @@ class Worker:
         await self.database.open()
         self.probe = Probe(self.database, queries)
         prefix = f"mcp_pg_events_{schema_oid}_"
-        await self.database.fetch(queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD}, patience=5)
+        await self.database.fetch(queries.ensure_partitions, {"ahead": chores.PARTITIONS_AHEAD}, patience=5)
         self.waker = Waker(self._connect, queries, self.identity, prefix)
         self.writer = Writer(
             self._connect,
@@ -155,10 +148,10 @@ class Worker:
         self.fetcher.start()
         self.inbox.start()
         self.watch.start()
-        self.spawn(self._make_partitions())
+        self.spawn(chores.make_partitions(self.database, queries))
         if settings.retention is not None:
-            self.spawn(self._retain(settings.retention))
-        self.spawn(self._finish_orphans())
+            self.spawn(chores.retain(self.database, queries, settings.retention))
+        self.spawn(chores.finish_orphans(self.database, queries, self.identity, self.writer, self._finish))
         self._unobserve = telemetry.observe(self.counts)
         logger.info("Worker %d serves schema %s", self.identity.number, settings.schema)
 
@@ -230,55 +223,11 @@ class Worker:
             self._prepare_threshold = None
         return int(schema_oid)
 
-    async def _make_partitions(self) -> None:
-        while True:
-            await asyncio.sleep(PARTITION_CHECK.total_seconds())
-            try:
-                await self.database.fetch(self._queries.ensure_partitions, {"ahead": PARTITIONS_AHEAD})
-            except Error as error:
-                logger.warning("Partitions could not be made ahead: %s", error)
-
-    async def _retain(self, ttl: timedelta) -> None:
-        """Pass by pass; where several workers would at once, the database lets one."""
-        pause = RETENTION_FIRST
-        while True:
-            await asyncio.sleep(pause)
-            pause = RETENTION_INTERVAL
-            began = asyncio.get_running_loop().time()
-            try:
-                with telemetry.span("retention"):
-                    rows = await self.database.fetch(
-                        self._queries.drop_expired, {"ttl": ttl}, patience=RETENTION_PATIENCE
-                    )
-            except Error as error:
-                logger.warning("Old events could not be removed: %s", error)
-                continue
-            if rows:
-                if any(result not in ("contended", "detach pending") for _, result in rows):
-                    # There may be more: a call does one step, so that it holds nobody up for long.
-                    pause = RETENTION_FIRST
-                telemetry.retention_step(asyncio.get_running_loop().time() - began, rows)
-                logger.info("Retention: %s", ", ".join(f"{what} {result}" for what, result in rows))
-
     async def _finish(self, streams: list[int], reason: str) -> None:
         try:
             await self.finisher.finish_own(streams, reason)
         except Error as error:
             logger.warning("%d calls could not be ended yet: %s", len(streams), error)
-
-    async def _finish_orphans(self) -> None:
-        """End the open calls that nobody runs: their end could not be written, or their opening's answer was lost."""
-        while True:
-            await asyncio.sleep(ORPHAN_CHECK)
-            try:
-                rows = await self.database.fetch(self._queries.orphans, {"me": self.identity.number})
-            except Error as error:
-                logger.debug("Open calls were not looked over: %s", error)
-                continue
-            orphans = [number for (number,) in rows if not self.writer.owns(number)]
-            if orphans and not self.writer.lost:
-                logger.warning("Ending %d calls that nobody runs", len(orphans))
-                await self._finish(orphans, "not_stored")
 
     # --- what arrives -------------------------------------------------------------------------------------------------
 
@@ -293,7 +242,7 @@ class Worker:
                 self.hub.supersede(int(stream), int(generation))
             case "a":
                 stream, _, generation = rest.partition(":")
-                self.writer.attached(int(stream), int(generation), here=False)
+                self.writer.calls.attached(int(stream), int(generation), here=False)
                 # Also for what was committed before this came, and for a stream that has ended since.
                 self.waker.add({int(stream)})
             case "c":
@@ -341,7 +290,7 @@ class Worker:
     async def touch_sessions(self, sessions: set[str] | None = None) -> None:
         """Keep sessions from their idle time-out: those given, or those with a running call or an attached reader."""
         if sessions is None:
-            sessions = self.writer.sessions() | self.hub.sessions()
+            sessions = self.writer.calls.sessions() | self.hub.sessions()
         if sessions:
             await self.database.fetch(
                 self._queries.touch_sessions, {"sessions": TextArray(session.encode() for session in sessions)}
@@ -350,7 +299,7 @@ class Worker:
     async def health(self, timeout: float, *, draining: bool) -> Health:
         """How this worker is; the database has `timeout` seconds to answer."""
         database = await self.probe(timeout)
-        stalled_since = self.writer.stalled_since
+        stalled_since = self.writer.stall.since
         return Health(
             worker=self.identity.number,
             database=database,
@@ -363,7 +312,7 @@ class Worker:
 
     def counts(self) -> Counts:
         """What there is of each here; also called from another thread."""
-        return Counts(self.writer.open_calls, len(self.hub), sum(app.sessions() for app in list(self.apps)))
+        return Counts(len(self.writer.calls), len(self.hub), sum(app.sessions() for app in list(self.apps)))
 
     # --- losing the identity ------------------------------------------------------------------------------------------
 

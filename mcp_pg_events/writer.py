@@ -20,10 +20,12 @@ from psycopg import errors
 from . import tasks, telemetry
 from .appends import Appends, Entry, Identity, Refused
 from .backend import Event, Stream
+from .calls import Calls
 from .database import Connection, is_outage, translate
 from .errors import AppendRefused, DatabaseUnavailable, Error, StoreClosed, WorkerFenced
 from .hub import Hub
 from .queries import Queries
+from .stall import Stall
 
 __all__ = ["Writer"]
 
@@ -39,7 +41,7 @@ PENDING_BYTES: Final = 64 * 1024 * 1024
 STALL: Final = 2.0
 """A flush that takes longer (seconds) is worth a line in the log."""
 
-
+_RENEWING: Final = "This worker was declared dead and takes a new number; send the request again"
 _ENDED: Final = "The stream has ended, so nothing more can follow in it"
 
 
@@ -66,7 +68,7 @@ class Writer:
         self._appends = Appends(connect, queries, identity)
         self._hub = hub
         self._wake = wake
-        self._outage_timeout = outage_timeout
+        self.stall = Stall(outage_timeout)
         self._on_lost = on_lost
         self._on_broken = on_broken
         self._identity = identity
@@ -75,17 +77,13 @@ class Writer:
         self._pending_bytes = 0
         self._work = asyncio.Event()
         self._room = asyncio.Event()
-        self._open: dict[int, Stream] = {}
-        self._running: dict[tuple[str, str | None], int] = {}
-        self._closing = asyncio.Event()
+        self.calls = Calls()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
         self._oldest = self._since = 0.0  # when (loop time) the first event of the queue, of the batch, was appended
         self._unsure = False
         self._suspicious = False
         self._lost: Error | None = StoreClosed()
-        self.stalled_since: float | None = None
-        """When (loop time) the database stopped taking events; None while it takes them."""
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -121,62 +119,23 @@ class Writer:
             entry.fail(StoreClosed())
         await self._appends.close()
 
-    def sessions(self) -> set[str]:
-        """The sessions with a call that runs here."""
-        return {stream.session_id for stream in self._open.values()}
-
     def opened(self, stream: Stream, epoch: int) -> None:
         """A stream of this worker's own, opened at `epoch`: it is told when somebody else ends it."""
-        self._open[stream.number] = stream
-        self._running[stream.session_id, stream.request_key] = stream.number
+        self.calls.opened(stream)
         # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
         if epoch < self._identity.epoch:
             self.look_for_ended()
 
-    def _closed(self, number: int) -> Stream | None:
-        self._closing.set()
-        stream = self._open.pop(number, None)
-        if stream is not None and self._running.get((stream.session_id, stream.request_key)) == number:
-            del self._running[stream.session_id, stream.request_key]
-        return stream
-
-    @property
-    def open_calls(self) -> int:
-        """How many calls run here."""
-        return len(self._open)
-
-    def calls(self, sessions: Callable[[], set[str]] | None = None) -> list[int]:
-        """The streams of the calls that run here, all or those of some sessions."""
-        if sessions is None:
-            return list(self._open)
-        wanted = sessions()
-        return [number for number, stream in self._open.items() if stream.session_id in wanted]
-
-    async def wait_for_calls(self, sessions: Callable[[], set[str]] | None = None) -> None:
-        """Return when no such call runs here."""
-        while self.calls(sessions):
-            self._closing.clear()
-            await self._closing.wait()
-
-    def attached(self, number: int, generation: int, *, here: bool) -> None:
-        """A reader attached to a stream, here or elsewhere. Which of two is the newer, its generation says: what is
-        heard of the other worker's may come before or after this one's own."""
-        stream = self._open.get(number)
-        if stream is not None and generation > stream.reader_generation:
-            stream.reader_generation, stream.read_elsewhere = generation, not here
-
     def doubt_readers(self) -> None:
         """Readers may have attached elsewhere without a word of it coming here."""
-        for stream in self._open.values():
+        for stream in self.calls.streams.values():
             stream.read_elsewhere = True
-        self._wake(set(self._open))
+        self._wake(set(self.calls.streams))
 
-    def running(self, session_id: str, request_key: str) -> int | None:
-        """The stream of the session's request that runs here under this key."""
-        return self._running.get((session_id, request_key))
-
-    def owns(self, number: int) -> bool:
-        return number in self._open
+    def check_identity(self, worker: int) -> None:
+        """Raise DatabaseUnavailable where `worker` is no longer this worker's number."""
+        if worker != self._identity.number or self.lost:
+            raise DatabaseUnavailable(_RENEWING)
 
     # --- appending ----------------------------------------------------------------------------------------------------
 
@@ -303,12 +262,12 @@ class Writer:
             batch = _still_open(batch)
             if not batch and not self._unsure:
                 # Nobody waits for the database any more, whatever it does: the next stall begins anew.
-                self.stalled_since = None
+                self.stall.since = None
                 return
-            stall = loop.call_later(STALL, self._note_stall, "it does not answer")
+            timer = loop.call_later(STALL, self.stall.begin, "it does not answer")
             try:
                 self._suspicious |= await self._appends.ready()
-                with self._appends.limit(self._time_left()):
+                with self._appends.limit(self.stall.time_left()):
                     if self._suspicious:
                         await self._find_behind()
                         continue
@@ -318,7 +277,7 @@ class Writer:
                     stored_at = await self._appends.find_stored(batch, origin) if doubtful else None
                     if stored_at is None:
                         stored_at = await store(batch, origin)
-                self._end_stall()
+                self.stall.end()
                 self._acknowledge(batch, stored_at)
                 return
             except Refused:
@@ -336,14 +295,14 @@ class Writer:
                 if not isinstance(error, errors.SerializationFailure | errors.DeadlockDetected):
                     doubtful = True
                     await self._appends.close()
-                self._note_stall(str(translate(error)))
-                if self._time_left() <= pause:
+                self.stall.begin(str(translate(error)))
+                if self.stall.time_left() <= pause:
                     self._lose(
                         DatabaseUnavailable("The database did not answer for too long, so this call was given up")
                     )
                     break
             finally:
-                stall.cancel()
+                timer.cancel()
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 2 or 0.05)
         for entry in batch:
@@ -363,7 +322,7 @@ class Writer:
             entry.stream.stored = entry.seq
             self._hub.publish(entry.stream.number, Event(entry.seq, entry.payload, entry.final, stored_at, self._since))
             if entry.final:
-                self._closed(entry.stream.number)
+                self.calls.closed(entry.stream.number)
             if not entry.done.done():
                 entry.done.set_result(entry.seq)
         telemetry.stored(len(batch) - refused, asyncio.get_running_loop().time() - self._since)
@@ -374,7 +333,7 @@ class Writer:
 
     async def _find_ended(self) -> None:
         """The fence refused: somebody ended streams of this worker, or the worker. Which?"""
-        ended = await self._appends.find_ended(self._open)
+        ended = await self._appends.find_ended(self.calls.streams)
         if ended is None:
             self._lose(WorkerFenced())
             return
@@ -384,7 +343,7 @@ class Writer:
 
     async def _find_behind(self) -> None:
         """The connection was lost: has the log lost something with it?"""
-        behind = await self._appends.find_behind(list(self._open.values()))
+        behind = await self._appends.find_behind(list(self.calls.streams.values()))
         self._suspicious = False
         for number in behind:
             logger.error("The database lost acknowledged events of stream %d, so its call ends", number)
@@ -392,7 +351,7 @@ class Writer:
 
     def ended_elsewhere(self, number: int) -> None:
         """Somebody else wrote a stream's final: its call here is to end."""
-        if (stream := self._closed(number)) is not None:
+        if (stream := self.calls.closed(number)) is not None:
             stream.closed = stream.ended = True
             if stream.on_ended is not None:
                 stream.on_ended()
@@ -414,22 +373,6 @@ class Writer:
         if not entry.stream.shared:
             self._break(entry.stream.number)
 
-    def _note_stall(self, why: str) -> None:
-        if self.stalled_since is None:
-            self.stalled_since = asyncio.get_running_loop().time()
-            logger.warning("The database takes no events for now, they wait: %s", why)
-
-    def _time_left(self) -> float:
-        """How long the database may still keep events waiting, in seconds."""
-        now = asyncio.get_running_loop().time()
-        return max(0.0, (self.stalled_since or now) + self._outage_timeout - now)
-
-    def _end_stall(self) -> None:
-        if self.stalled_since is not None:
-            waited = asyncio.get_running_loop().time() - self.stalled_since
-            self.stalled_since = None
-            logger.warning("The database takes events again after %.1f s", waited)
-
     def _lose(self, error: Error) -> None:
         """This identity is over: declared dead, or unable to write for longer than anybody waits."""
         self._fail_all(error)
@@ -447,12 +390,12 @@ class Writer:
 
     def _fail_all(self, error: Error) -> None:
         self._lost = error
-        self.stalled_since = None
+        self.stall.since = None
         while self._queue:
             self._queue.popleft().fail(error)
         self._pending_bytes = 0
         self._room.set()
-        for number in list(self._open):
+        for number in list(self.calls.streams):
             self.ended_elsewhere(number)
 
 

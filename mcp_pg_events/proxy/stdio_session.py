@@ -29,8 +29,9 @@ from starlette.requests import Request
 
 from ..backend import SessionKey, Stream
 from ..errors import AppendRefused, Error
+from ..ids import request_key
 from ..log import Log
-from ..session import REQUEST_CANCELLED, request_key
+from ..session import REQUEST_CANCELLED
 from .messages import Written, answer, error, one_line, read_line
 from .process import Command, Keeper, ServerProcess
 

@@ -173,7 +173,7 @@ async def test_a_request_that_nobody_takes_ends_with_an_error(migrated_once: str
         call = await there.bound.open_stream(key, *request(1))
         await until(lambda: finals(migrated_once, call.stream.number))
         assert finals(migrated_once, call.stream.number) == ["session_ended"]
-        assert not parts(here).writer.owns(call.stream.number)
+        assert not parts(here).writer.calls.owns(call.stream.number)
 
 
 async def test_a_dead_workers_sessions_end_with_it_and_say_so_to_who_comes_back(migrated_once: str) -> None:

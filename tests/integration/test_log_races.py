@@ -201,7 +201,7 @@ async def test_a_worker_that_is_declared_dead_races_with_requests_that_arrive(mi
             await renewed(victim, old)
             # Requests that came after its renewal belong to its new number, and end with it.
             while not all(request.done() for request in requests):
-                await parts(victim).finisher.finish_own(parts(victim).writer.calls(), "shutdown")
+                await parts(victim).finisher.finish_own(parts(victim).writer.calls.numbers(), "shutdown")
             outcomes.extend(await asyncio.gather(*requests))
 
         for seed in range(0, 60, 2):

@@ -279,7 +279,7 @@ async def test_a_final_whose_caller_is_cancelled_still_ends_its_stream(migrated_
         with pytest.raises(AppendRefused):
             await store.log.append(stream, NOTE)
         proxy.thaw()
-        await asyncio.wait_for(parts(store).writer.wait_for_calls(None), 10)
+        await asyncio.wait_for(parts(store).writer.calls.wait(), 10)
     assert stored(migrated_once, stream.number) == [(1, RESULT)]
     assert_streams_are_whole(migrated_once)
 
@@ -363,8 +363,8 @@ async def test_an_outage_counts_from_its_own_beginning_also_when_nobody_waited_f
         _, stream = await a_stream(store, "own")
         await proxy.refuse()
         waiting = asyncio.create_task(store.log.append(given_up, NOTE))
-        await until(lambda: writer.stalled_since is not None)
-        began = writer.stalled_since
+        await until(lambda: writer.stall.since is not None)
+        began = writer.stall.since
         assert began is not None
         # Its session is deleted, say, or the drain's time is up.
         writer.ended_elsewhere(given_up.number)
@@ -374,6 +374,6 @@ async def test_an_outage_counts_from_its_own_beginning_also_when_nobody_waited_f
         await asyncio.sleep(began + 1 - asyncio.get_running_loop().time())
         await proxy.refuse()
         waiting = asyncio.create_task(store.log.append(stream, NOTE))
-        await until(lambda: (writer.stalled_since or began) > began)
+        await until(lambda: (writer.stall.since or began) > began)
         await proxy.restore()
         assert await waiting == 1
