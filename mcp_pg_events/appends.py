@@ -44,10 +44,19 @@ class Identity:
 class Entry:
     """One event on its way into the log. `seq` is 0 where a shared stream took it no more."""
 
-    __slots__ = ("done", "final", "payload", "seq", "stream")
+    __slots__ = ("done", "final", "payload", "seq", "stream", "upstream_id")
 
-    def __init__(self, stream: Stream, seq: int, payload: bytes, final: bool, done: asyncio.Future[int]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        seq: int,
+        payload: bytes,
+        final: bool,
+        done: asyncio.Future[int],
+        upstream_id: bytes | None = None,
+    ) -> None:
         self.stream = stream
+        self.upstream_id = upstream_id
         self.seq = seq
         self.payload = payload
         self.final = final
@@ -95,16 +104,18 @@ class Appends:
     async def store_own(self, batch: Sequence[Entry], origin: str) -> datetime:
         """Store events of this worker's own streams; when that was. Raises `Refused`."""
         finals = [entry for entry in batch if entry.final]
-        rows = await self._execute(
-            self._queries.append,
-            {
-                "streams": Int8Array(entry.stream.number for entry in batch),
-                "seqs": Int8Array(entry.seq for entry in batch),
-                "payloads": TextArray(entry.payload for entry in batch),
-                "final_streams": Int8Array(entry.stream.number for entry in finals),
-                "final_seqs": Int8Array(entry.seq for entry in finals),
-            },
-        )
+        statement = self._queries.append
+        parameters: dict[str, Any] = {
+            "streams": Int8Array(entry.stream.number for entry in batch),
+            "seqs": Int8Array(entry.seq for entry in batch),
+            "payloads": TextArray(entry.payload for entry in batch),
+            "final_streams": Int8Array(entry.stream.number for entry in finals),
+            "final_seqs": Int8Array(entry.seq for entry in finals),
+        }
+        if any(entry.upstream_id is not None for entry in batch):
+            statement = self._queries.append_relayed
+            parameters["upstream_ids"] = TextArray(entry.upstream_id for entry in batch)
+        rows = await self._execute(statement, parameters)
         if not rows:
             raise Refused
         stored_at: datetime = rows[0][0]

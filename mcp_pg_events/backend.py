@@ -201,9 +201,10 @@ class EventLog(Protocol):
         request_key: str,
         limit: int | None,
         bound: bool = False,
+        upstream: str | None = None,
     ) -> OpenedSession:
-        """Record a session; `bound` to this worker, it ends with it. Raises `SessionLimit` when the server has `limit`
-        live ones."""
+        """Record a session; `bound` to this worker, it ends with it. `upstream` is the upstream's id of a proxied one.
+        Raises `SessionLimit` when the server has `limit` live ones."""
         ...
 
     async def renew_session(self, session_id: str, initialize: str, protocol_version: str) -> int: ...

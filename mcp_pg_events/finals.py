@@ -18,6 +18,7 @@ MESSAGES: Final = {
     "not_stored": "A message of this request could not be stored",
     "data_lost": "The server's database lost a part of this response",
     "outage": "The server lost its database before this request completed",
+    "upstream_lost": "The upstream's response to this request is lost",
     "process_lost": "The server's process ended before this request completed",
 }
 

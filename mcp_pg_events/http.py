@@ -6,10 +6,8 @@ does is next: `sessions.py` for messages (or `proxy/`, where another program ans
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +25,6 @@ from mcp_types import (
     JSONRPCRequest,
     JSONRPCResponse,
 )
-from mcp_types.version import is_version_at_least
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -35,21 +32,18 @@ from starlette.types import Receive, Scope, Send
 from . import sse, telemetry
 from .answers import Answer, cursor_error, dump, error_response, parse
 from .backend import (
-    Attachment,
     Call,
-    CursorRejected,
     RequestInFlight,
     Runners,
     SessionKey,
     SessionLimit,
-    SessionUnknown,
     Stream,
 )
-from .errors import DatabaseRefused, DatabaseUnavailable, Error
+from .errors import DatabaseUnavailable
 from .hub import Subscription
 from .ids import request_key
-from .reader import ReaderOptions, SSEReader, read_final
-from .session import RESUMABLE_SINCE
+from .reader import ReaderOptions
+from .responses import SESSION_ID, Responses, session_id_of
 
 if TYPE_CHECKING:
     from .store import PostgresStore
@@ -58,12 +52,8 @@ __all__ = ["EndpointOptions", "HTTPEndpoint"]
 
 logger = logging.getLogger(__name__)
 
-SESSION_ID: Final = "mcp-session-id"
 INITIALIZE_BYTES: Final = 64 * 1024
 """What a session may take for what its client says of itself: it is kept as long as the session."""
-HOLD: Final = 2.0
-"""How often a GET that is held looks whether it still should be, in seconds."""
-_SESSION_ID_PATTERN: Final = re.compile(r"[\x21-\x7e]{1,512}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +78,12 @@ class HTTPEndpoint:
         self._hub = store.hub
         self._sessions = sessions
         self._options = options
+        self._responses = Responses(store, options.reader, json_response=options.json_response)
         self._security = TransportSecurityMiddleware(options.security)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        try:
+        async with self._responses.answering(scope, receive, send):
             refusal = await self._security.validate_request(request, is_post=request.method == "POST")
             if refusal is not None:
                 raise Answer(refusal)
@@ -105,24 +96,6 @@ class HTTPEndpoint:
                     await self._delete(request)
                 case _:
                     raise Answer(error_response(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
-        except Answer as answer:
-            await answer.response(scope, receive, send)
-        except SessionUnknown:
-            await error_response(404, "Session not found")(scope, receive, send)
-        except DatabaseRefused as error:
-            self._store.note_outage(error)
-            await error_response(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
-        except DatabaseUnavailable as error:
-            self._store.note_outage(error)
-            unavailable = error_response(
-                503, "The session store is unavailable, try again", INTERNAL_ERROR, headers={"Retry-After": "1"}
-            )
-            await unavailable(scope, receive, send)
-        except Error as error:
-            logger.error("A request failed: %s", error)
-            await error_response(500, "The session store cannot be used", INTERNAL_ERROR)(scope, receive, send)
-        except ClientDisconnect:
-            logger.debug("A client went before its request was whole")
 
     # --- POST ---------------------------------------------------------------------------------------------------------
 
@@ -151,31 +124,16 @@ class HTTPEndpoint:
             with anyio.CancelScope(shield=True):
                 call, subscription = await self._start(key, message, body, request)
         except RequestInFlight as running:
-            if running.stream is None or self._options.json_response or not await self._abandoned(running.stream):
-                conflict = "A request with this id is already in progress in this session"
-                raise Answer(error_response(409, conflict)) from None
-            await self._resume(key, running.stream, 0, request, receive, send)
+            await self._responses.in_flight(key, running, request, receive, send)
             return
-        await self._respond(call.stream, call.protocol_version, subscription, receive, send)
-
-    async def _abandoned(self, stream: int) -> bool:
-        """Whether a request that is in flight lost its worker. Then this is the same one, which a load balancer sends
-        again since it got no answer: it is given the stream, and with it the end of the call.
-
-        A kill frees the worker's lock within some milliseconds, and a load balancer is as quick.
-        """
-        for pause in (0.0, 0.05, 0.2):
-            await asyncio.sleep(pause)
-            if await self._log.abandoned(stream):
-                return True
-        return False
+        await self._responses.respond(call.stream, call.protocol_version, subscription, receive, send)
 
     async def _start(
         self, key: SessionKey, message: JSONRPCRequest, body: bytes, request: Request
     ) -> tuple[Call, Subscription]:
         call = await self._sessions.open_stream(key, message, body)
         subscription = self._hub.subscribe(
-            call.stream.number, key.session_id, 1, resumable=self._primes(call.protocol_version)
+            call.stream.number, key.session_id, 1, resumable=self._responses.primes(call.protocol_version)
         )
         if call.elsewhere:
             subscription.fall_behind()
@@ -238,33 +196,11 @@ class HTTPEndpoint:
                 if recorded:
                     # Nobody knows its id.
                     self._store.spawn(self._log.end_session(key, "failed"))
-        subscription = self._hub.subscribe(opened.stream.number, key.session_id, 1, resumable=self._primes(version))
+        subscription = self._hub.subscribe(
+            opened.stream.number, key.session_id, 1, resumable=self._responses.primes(version)
+        )
         subscription.fall_behind()
-        await self._respond(opened.stream, version, subscription, receive, send)
-
-    async def _respond(
-        self, stream: Stream, version: str, subscription: Subscription, receive: Receive, send: Send
-    ) -> None:
-        bound = self._log.bound_of(stream)
-        if not self._options.json_response:
-            primes = self._primes(version)
-            reader = SSEReader(
-                self._log, subscription, position=0, bound=bound, primes=primes, options=self._options.reader
-            )
-            await self._run_reader(reader, subscription, receive, send)
-            return
-        try:
-            payload = await read_final(subscription, self._log, bound, self._options.reader.outage_timeout)
-        finally:
-            self._hub.unsubscribe(subscription)
-        if payload is None:
-            raise Answer(error_response(500, "Session terminated before the request completed", INTERNAL_ERROR))
-        headers = {SESSION_ID: stream.session_id}
-        raise Answer(Response(payload, media_type="application/json", headers=headers))
-
-    def _primes(self, protocol_version: str) -> bool:
-        """Whether a POST's response begins with an event that its client can resume from (2025-11-25 and later)."""
-        return not self._options.json_response and is_version_at_least(protocol_version, RESUMABLE_SINCE)
+        await self._responses.respond(opened.stream, version, subscription, receive, send)
 
     # --- GET ----------------------------------------------------------------------------------------------------------
 
@@ -281,68 +217,7 @@ class HTTPEndpoint:
                 telemetry.resumed("malformed")
                 raise Answer(cursor_error("malformed"))
             stream, after = cursor
-        await self._resume(key, stream, after, request, receive, send)
-
-    async def _resume(
-        self, key: SessionKey, stream: int | None, after: int | None, request: Request, receive: Receive, send: Send
-    ) -> None:
-        """Answer with what follows a position of a stream, as its newest reader."""
-        try:
-            attachment = await self._attach(key, stream, after, request)
-        except CursorRejected as rejected:
-            telemetry.resumed(rejected.reason)
-            raise Answer(cursor_error(rejected.reason)) from None
-        if attachment.complete:
-            telemetry.resumed("complete")
-            # Nothing will ever follow. 204 tells a client to stop asking (HTML standard, 9.2): the TypeScript SDK's
-            # does not take an error for the end of a call, and would come back for ever.
-            headers = {SESSION_ID: key.session_id, "content-type": "text/event-stream"}
-            raise Answer(Response(status_code=204, headers=headers))
-        subscription = self._hub.subscribe(attachment.stream, key.session_id, attachment.generation)
-        subscription.fall_behind()
-        replay = telemetry.Replay(counted=after is not None)
-        reader = SSEReader(
-            self._log,
-            subscription,
-            position=attachment.position,
-            bound=attachment.bound,
-            primes=is_version_at_least(attachment.protocol_version, RESUMABLE_SINCE),
-            options=self._options.reader,
-            replay=replay,
-        )
-        try:
-            await self._run_reader(reader, subscription, receive, send)
-        finally:
-            replay.over()
-
-    async def _attach(self, key: SessionKey, stream: int | None, after: int | None, request: Request) -> Attachment:
-        """Held, rather than refused, while the database is away: the SDK's client gives up after two refusals."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._options.reader.outage_timeout
-        while True:
-            try:
-                return await self._log.attach(key, stream, after, patience=HOLD)
-            except DatabaseRefused:
-                raise
-            except DatabaseUnavailable:
-                if self._store.draining or clock() > deadline or await request.is_disconnected():
-                    raise
-                await asyncio.sleep(0.25)
-
-    async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream"),
-            (b"cache-control", b"no-cache, no-transform"),
-            (b"connection", b"keep-alive"),
-            (b"x-accel-buffering", b"no"),
-            (SESSION_ID.encode(), subscription.session_id.encode()),
-        ]
-        try:
-            await reader.respond(receive, send, headers)
-        finally:
-            self._hub.unsubscribe(subscription)
-            if not reader.complete:
-                self._store.spawn(self._log.detach(subscription.stream, subscription.generation, reader.position))
+        await self._responses.resume(key, stream, after, request, receive, send)
 
     # --- DELETE -------------------------------------------------------------------------------------------------------
 
@@ -355,12 +230,7 @@ class HTTPEndpoint:
     # --- who asks -----------------------------------------------------------------------------------------------------
 
     def _session_key(self, request: Request) -> SessionKey:
-        session_id = request.headers.get(SESSION_ID)
-        if session_id is None:
-            raise Answer(error_response(400, "Bad Request: Missing session ID"))
-        if _SESSION_ID_PATTERN.fullmatch(session_id) is None:
-            raise SessionUnknown
-        return self._key(request, session_id)
+        return self._key(request, session_id_of(request))
 
     def _key(self, request: Request, session_id: str) -> SessionKey:
         return SessionKey(session_id, self._options.name, self._principal(request.scope), self._options.idle_timeout)

@@ -93,6 +93,7 @@ class Log:
         request_key: str,
         limit: int | None,
         bound: bool = False,
+        upstream: str | None = None,
     ) -> OpenedSession:
         """Record a session, its standalone stream and the stream of its `initialize`, in one transaction.
 
@@ -107,6 +108,7 @@ class Log:
             "request_key": request_key,
             "me": self._identity.number,
             "bound": bound,
+            "upstream": upstream,
         }
 
         async def record(connection: Connection) -> TupleRow | None:
@@ -270,7 +272,7 @@ class Log:
         return self._writer.calls.owns(stream)
 
     def own(
-        self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime, request_key: str
+        self, worker: int, epoch: int, number: int, session_id: str, created_at: datetime, request_key: str | None
     ) -> Stream:
         """The stream that was opened for this worker to write to. Raises DatabaseUnavailable when it was declared dead
         since, so that another worker ends the stream, or has."""
@@ -290,9 +292,11 @@ class Log:
         """See `Writer.append`."""
         return self._writer.append(stream, payload, final=final)
 
-    async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
+    async def enqueue(
+        self, stream: Stream, payload: bytes, *, final: bool = False, upstream_id: bytes | None = None
+    ) -> asyncio.Future[int]:
         """See `Writer.enqueue`."""
-        return await self._writer.enqueue(stream, payload, final=final)
+        return await self._writer.enqueue(stream, payload, final=final, upstream_id=upstream_id)
 
     # --- readers ------------------------------------------------------------------------------------------------------
 

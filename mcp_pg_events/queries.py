@@ -14,13 +14,13 @@ from typing import Any
 
 from .backend import SessionKey
 from .schema import quote_schema
-from .statements import endings, letters, log, readers, sessions, workers
+from .statements import endings, letters, log, readers, relayed, sessions, workers
 
 __all__ = ["Queries", "asking"]
 
 _STATEMENTS = {
     name: text
-    for module in (workers, sessions, log, readers, letters, endings)
+    for module in (workers, sessions, log, readers, letters, relayed, endings)
     for name, text in module.statement.items()
 }
 

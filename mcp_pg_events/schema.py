@@ -10,10 +10,10 @@ from mcp_pg_events.errors import ConfigurationError
 
 __all__ = ["DEFAULT_SCHEMA", "NEEDS", "REVISION", "check_schema", "quote_schema"]
 
-REVISION = "0006"
+REVISION = "0007"
 """The newest revision that this version knows, and that `mcp-pg-events migrate` brings a database to."""
 
-NEEDS = "0005"
+NEEDS = "0007"
 """The oldest revision of the schema that this version can work with. Revisions compare as strings."""
 
 DEFAULT_SCHEMA = "mcp_events"

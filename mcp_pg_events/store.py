@@ -24,6 +24,7 @@ from .event_store import SessionEventStore
 from .health import Health
 from .hub import Hub
 from .log import Log
+from .relayed import RelayedSessions
 from .schema import quote_schema
 from .worker import Worker, WorkerSettings
 
@@ -182,6 +183,11 @@ class PostgresStore(EventStore):
     def bound(self) -> BoundSessions:
         """The log's part for sessions that live on one worker. Raises `StoreClosed` outside the context."""
         return self._running_worker.bound
+
+    @property
+    def relayed(self) -> RelayedSessions:
+        """The log's part for what a proxy reads from its upstream. Raises `StoreClosed` outside the context."""
+        return self._running_worker.relayed
 
     @property
     def draining(self) -> bool:

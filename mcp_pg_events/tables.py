@@ -88,6 +88,7 @@ Table(
     Column(
         "worker", BigInteger, comment="The worker that the session lives on and ends with; null where any serves it."
     ),
+    Column("upstream", Text, comment="The upstream's id of a proxied session; empty where it gave none."),
     _count("told", comment="How often its client has changed what the session remembers of it."),
     _moment("created_at"),
     _moment("seen_at"),
@@ -131,6 +132,8 @@ Table(
     _moment("mark_at", comment="Lower bound on created_at for reads from mark_seq on: spares the older partitions."),
     _count("floor", comment="The highest seq that left with a dropped partition."),
     Column("final_seq", BigInteger, comment="The seq of the final response; null while the stream is open."),
+    Column("upstream_id", Text, comment="The first id that an upstream gave in it: another replica can go on with it."),
+    _moment("adrift_since", required=False, comment="When the worker that read it from an upstream was gone."),
     _moment("created_at"),
     _moment("ended_at", required=False, comment="When its final was stored; null while the stream is open."),
     Index(
@@ -143,6 +146,7 @@ Table(
     Index("streams_standalone", "session_id", unique=True, postgresql_where=text("request_key IS NULL")),
     Index("streams_session", "session_id"),
     Index("streams_open", "worker", postgresql_where=text("final_seq IS NULL")),
+    Index("streams_adrift", "adrift_since", postgresql_where=text("adrift_since IS NOT NULL AND final_seq IS NULL")),
     Index("streams_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     Index("streams_unsaid", "number", postgresql_where=text("final_seq IS NOT NULL AND ended_at IS NULL")),
     comment="One row per stream: a request's answer, or a session's standalone stream.",
@@ -161,6 +165,7 @@ Table(
         "unknown outcome.",
     ),
     Column("payload", Text, nullable=False, comment="The JSON-RPC message; text, because jsonb refuses U+0000."),
+    Column("upstream_id", Text, comment="What an upstream calls the event, where a proxy stored it."),
     comment="Append-only: rows are inserted, and leave with their partition. No default partition, no foreign keys.",
     postgresql_partition_by="RANGE (created_at)",
 )

@@ -30,6 +30,7 @@ from .listener import Listener
 from .log import Log
 from .opener import Opener
 from .queries import Queries
+from .relayed import RelayedSessions
 from .schema import NEEDS, REVISION, quote_schema
 from .telemetry import Counts
 from .waker import Waker
@@ -121,6 +122,7 @@ class Worker:
         )
         self.inbox = Inbox(self.database, queries, self.identity, self._deliver)
         self.bound = BoundSessions(self.database, queries, self.identity, self.log, self.hub, self.inbox, prefix)
+        self.relayed = RelayedSessions(self.database, queries, self.identity, self.log, self.hub, self.writer)
         self.listener = Listener(
             lambda: connect(settings.listen_dsn, prepare_threshold=None),
             self.database,

@@ -126,6 +126,11 @@ class Writer:
         if epoch < self._identity.epoch:
             self.look_for_ended()
 
+    def released(self, stream: Stream) -> None:
+        """Another worker may go on with a stream of this one's; nothing more is taken for it here."""
+        stream.closed = True
+        self.calls.closed(stream.number)
+
     def doubt_readers(self) -> None:
         """Readers may have attached elsewhere without a word of it coming here."""
         for stream in self.calls.streams.values():
@@ -153,19 +158,23 @@ class Writer:
             await self._wait_for_room()
         return await self._place(stream, payload, final)
 
-    async def enqueue(self, stream: Stream, payload: bytes, *, final: bool = False) -> asyncio.Future[int]:
+    async def enqueue(
+        self, stream: Stream, payload: bytes, *, final: bool = False, upstream_id: bytes | None = None
+    ) -> asyncio.Future[int]:
         """As `append`, but returns once the event has its place, with what becomes of it: so one task may have many
-        events on their way, in its order."""
+        events on their way, in its order. `upstream_id` is what an upstream calls the event."""
         if self._pending_bytes > PENDING_BYTES:
             await self._wait_for_room()
-        return self._place(stream, payload, final)
+        return self._place(stream, payload, final, upstream_id)
 
     async def _wait_for_room(self) -> None:
         while self._pending_bytes > PENDING_BYTES and self._lost is None:
             self._room.clear()
             await self._room.wait()
 
-    def _place(self, stream: Stream, payload: bytes, final: bool) -> asyncio.Future[int]:
+    def _place(
+        self, stream: Stream, payload: bytes, final: bool, upstream_id: bytes | None = None
+    ) -> asyncio.Future[int]:
         if self._lost is not None:
             raise self._lost
         if stream.closed:
@@ -175,7 +184,7 @@ class Writer:
             stream.next_seq = seq + 1
         stream.closed = final
         loop = asyncio.get_running_loop()
-        entry = Entry(stream, seq, payload, final, loop.create_future())
+        entry = Entry(stream, seq, payload, final, loop.create_future(), upstream_id)
         if not self._queue:
             self._oldest = loop.time()
         self._queue.append(entry)

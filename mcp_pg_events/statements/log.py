@@ -30,6 +30,24 @@ statement(
     """,
 )
 statement(
+    "append_relayed",
+    # As `append`, with the ids that the upstream gave its events.
+    "WITH "
+    + _FENCE
+    + """, stored AS (
+        INSERT INTO {s}.events (stream, seq, payload, upstream_id)
+        SELECT e.stream, e.seq, e.payload, e.upstream_id
+          FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[], %(upstream_ids)b::text[])
+                      e(stream, seq, payload, upstream_id)
+    ), ended AS (
+        UPDATE {s}.streams t SET final_seq = f.seq, ended_at = now()
+          FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
+         WHERE t.number = f.stream AND t.final_seq IS NULL
+    )
+    SELECT now() FROM fence
+    """,
+)
+statement(
     "append_shared",
     # The same for streams that several workers write to: the number comes from the stream's row, locked in order, so
     # that commit order is number order. The mark lets a resume start at a recent partition. `origin` names the batch,

@@ -30,9 +30,9 @@ statement(
     "WITH "
     + OWNER
     + """, session AS (
-        INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version, worker)
+        INSERT INTO {s}.sessions (id, server, owner, initialize, protocol_version, worker, upstream)
         SELECT %(session)s, %(server)s, %(owner)s, %(initialize)s, %(protocol_version)s,
-               CASE WHEN %(bound)s THEN %(me)s::bigint END
+               CASE WHEN %(bound)s THEN %(me)s::bigint END, %(upstream)s
           FROM owner
     ), standalone AS (
         INSERT INTO {s}.streams (session_id) SELECT %(session)s FROM owner RETURNING number

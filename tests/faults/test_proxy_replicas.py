@@ -1,0 +1,119 @@
+"""A replica of the HTTP proxy dies, freezes or drains in the middle of a call."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.faults.test_death import trusted
+from tests.support.mcp_http import Response, Session, close_all
+from tests.support.postgres import create_database, database_name, drop_database
+from tests.support.sse import Event
+from tests.support.until import until
+from tests.support.workers import Workers, run_workers
+
+pytestmark = pytest.mark.anyio
+
+N = 60
+ARGUMENTS = {"n": N, "seconds": 4.0}
+
+
+@pytest.fixture
+def other(postgres_dsn: str, migrated_template: str):  # type: ignore[no-untyped-def]  # a generator, as in conftest
+    """The upstream's own database."""
+    dsn = create_database(postgres_dsn, template=database_name(migrated_template))
+    yield dsn
+    drop_database(postgres_dsn, dsn)
+
+
+@asynccontextmanager
+async def proxied(dsn: str, upstream_dsn: str | None, **options: object) -> AsyncIterator[tuple[Workers, Workers]]:
+    async with run_workers("mcpserver_app", upstream_dsn, 1) as upstream:
+        environment = {"TEST_UPSTREAM": f"{upstream[0].url}/mcp"}
+        async with run_workers("proxied_app", dsn, 2, environment=environment, options={"proxy": options}) as replicas:
+            try:
+                yield replicas, upstream
+            finally:
+                close_all()
+
+
+async def some(response: Response, count: int) -> list[Event]:
+    events: list[Event] = []
+    async for event in response.events():
+        events.append(event)
+        if sum(bool(event.data) for event in events) >= count:
+            break
+    return events
+
+
+async def rest(response: Response) -> list[Event]:
+    assert response.status == 200, await response.read()
+    async with asyncio.timeout(30):
+        return [event async for event in response.events()]
+
+
+def assert_whole(events: list[Event]) -> None:
+    messages = [event.message for event in events if event.data]
+    assert [int(message["params"]["message"]) for message in messages[:-1]] == list(range(N))
+    assert messages[-1]["result"]["content"][0]["text"] == f"counted {N}"
+
+
+@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow), "drained"])
+async def test_a_living_replica_goes_on_where_another_stopped(how: str, migrated: str, other: str) -> None:
+    async with proxied(migrated, other, unresponsive_timeout=15.0) as (replicas, _):
+        await trusted(replicas, migrated)
+        session = await Session.initialize(replicas[0].url)
+        await session.call_result("echo", {"text": "x"}, base_url=replicas[1].url)
+        response = await session.call("count", ARGUMENTS, progress_token="t", base_url=replicas[0].url)
+        events = await some(response, 10)
+        match how:
+            case "killed":
+                await replicas[0].kill()
+            case "frozen":
+                replicas[0].pause()
+            case "drained":
+                replicas[0].signal(signal.SIGTERM)
+                events += await rest(response)
+        response.cut()
+        again = await session.get(events[-1].id, base_url=replicas[1].url)
+        events += await rest(again)
+        assert_whole(events)
+        if how == "frozen":
+            replicas[0].resume()
+
+            async def served_again() -> bool:
+                return (await session.call("echo", {"text": "back"}, base_url=replicas[0].url)).status == 200
+
+            await until(served_again)
+
+
+async def test_a_call_that_the_upstream_cannot_resume_ends_with_an_error_at_once(migrated: str) -> None:
+    async with proxied(migrated, None) as (replicas, _):
+        await trusted(replicas, migrated)
+        session = await Session.initialize(replicas[0].url)
+        await session.call_result("echo", {"text": "x"}, base_url=replicas[1].url)
+        response = await session.call("count", ARGUMENTS, progress_token="t", base_url=replicas[0].url)
+        events = await some(response, 10)
+        await replicas[0].kill()
+        began = time.monotonic()
+        final = (await rest(await session.get(events[-1].id, base_url=replicas[1].url)))[-1].message
+        assert time.monotonic() - began < 3
+        assert final["error"]["data"] == {"reason": "upstream_lost"}
+
+
+async def test_the_standalone_stream_is_taken_over_too(migrated: str, other: str) -> None:
+    async with proxied(migrated, other) as (replicas, _):
+        session = await Session.initialize(replicas[0].url)
+        listening = await session.get(base_url=replicas[0].url)
+        assert await session.call_result("announce", {"n": 2}, base_url=replicas[1].url) == "announced 2"
+        last = (await some(listening, 2))[-1].id
+        await replicas[0].kill()
+        assert await session.call_result("announce", {"n": 2}, base_url=replicas[1].url) == "announced 2"
+        again = await session.get(last, base_url=replicas[1].url)
+        indexes = [event.message["params"]["data"]["index"] for event in await some(again, 2) if event.data]
+        assert indexes == [0, 1]

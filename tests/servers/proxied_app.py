@@ -1,0 +1,12 @@
+"""Whatever is at TEST_UPSTREAM, behind the HTTP proxy. See `common.py` for the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from mcp_pg_events.proxy.http import proxy_app
+from tests.servers.common import OPTIONS
+
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+app = proxy_app(os.environ["TEST_UPSTREAM"], os.environ["MCP_PG_EVENTS_DSN"], **OPTIONS.get("proxy", {}))
