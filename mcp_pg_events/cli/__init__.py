@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mcp_pg_events.cli import demo, doctor, migrate, retention, serve, sessions, stdio, tail
+from mcp_pg_events.cli import demo, doctor, migrate, retention, serve, sessions, stdio, tail, transfer
 from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
@@ -53,6 +53,8 @@ app.command()(retention.retention)
 app.command()(doctor.doctor)
 app.add_typer(sessions.app, name="sessions")
 app.command()(tail.tail)
+app.command()(transfer.export)
+app.command("import")(transfer.import_)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from psycopg.rows import DictRow, dict_row
 
 from ..errors import Error, SchemaTooOld, WorkerTooOld
 from ..migrate import Target, connect, translated
-from ..schema import NEEDS, REVISION, check_schema
+from ..schema import NEEDS, REVISION, check_schema, quote_schema
 from . import statements
 
 __all__ = ["Desk", "checked_id", "no_session", "open_desk"]
@@ -31,6 +31,8 @@ class Desk:
     def __init__(self, connection: psycopg.Connection[DictRow], schema: str) -> None:
         self.connection = connection
         self.schema = schema
+        # In a statement with values a percent sign is one of theirs, unless it is doubled.
+        self.name = sql.SQL(quote_schema(schema).replace("%", "%%"))
 
     def look(
         self,
@@ -52,7 +54,7 @@ class Desk:
         """A statement with the schema's name in the place of `{s}`, if that is still to be done."""
         if isinstance(statement, sql.Composed):
             return statement
-        return sql.SQL(statement).format(s=sql.Identifier(self.schema))
+        return sql.SQL(statement).format(s=self.name)
 
     @contextmanager
     def transaction(self, *, writes: bool, patience: float = PATIENCE, isolation: LiteralString = "") -> Iterator[None]:

@@ -191,9 +191,8 @@ def listing(desk: Desk, wanted: Filter, *, limit: int, after: str | None = None)
     if after is not None:
         names.append("after")
         values["after_created"], values["after_id"] = _parse_place(after)
-    named = sql.Identifier(desk.schema)
-    where = sql.SQL(" AND ").join(sql.SQL(statements.CONDITIONS[name]).format(s=named) for name in names)
-    statement = sql.SQL(statements.SESSIONS).format(s=named, where=where if names else sql.SQL("true"))
+    where = sql.SQL(" AND ").join(sql.SQL(statements.CONDITIONS[name]).format(s=desk.name) for name in names)
+    statement = sql.SQL(statements.SESSIONS).format(s=desk.name, where=where if names else sql.SQL("true"))
     return statement, values
 
 

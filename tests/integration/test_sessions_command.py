@@ -209,6 +209,14 @@ def test_a_session_that_there_is_not_is_said(migrated: str, command: list[str], 
     assert ran.err.startswith(f"mcp-pg-events: There is no session {session!r} in schema mcp_events; ")
 
 
+def test_a_schema_may_have_any_name(migrated: str) -> None:
+    schema = 'it\'s "we"ird" {0} %s %% \x7f'.replace("\x7f", "é")
+    upgrade(migrated, schema=schema)
+    assert listed(migrated, "--schema", schema, "--server", "x", "--idle", "5m") == {"sessions": [], "next": None}
+    ran = sessions(migrated, "purge", "--schema", schema, "--yes", "nobody")
+    assert ran.err.startswith(f"mcp-pg-events: There is no session 'nobody' in schema {schema};")
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
