@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["LIVE", "OWNER", "Statements"]
+__all__ = ["LIVE", "OWNER", "TOUCHED", "Statements"]
 
 
 class Statements(dict[str, str]):
@@ -24,3 +24,10 @@ OWNER: Final = """
     owner AS (SELECT epoch FROM {s}.workers WHERE number = %(me)s AND ended_at IS NULL FOR KEY SHARE)"""
 """Whoever opens a stream locks its own row too: a worker that is being declared dead opens none that nobody would end,
 and the epoch that comes back tells whether somebody ended it since."""
+
+TOUCHED: Final = """
+    touched AS (
+        UPDATE {s}.sessions SET seen_at = now()
+         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
+    )"""
+"""What is asked of a session keeps it from its idle time-out; written now and then only."""

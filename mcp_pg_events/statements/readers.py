@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parts import LIVE, Statements
+from .parts import LIVE, TOUCHED, Statements
 
 statement = Statements()
 
@@ -17,10 +17,9 @@ statement(
         "(ended_at IS NULL OR worker IS NOT NULL AND %(stream)s::bigint IS NOT NULL "
         "AND ended_reason NOT IN ('deleted', 'idle', 'failed') AND ended_at > now() - interval '1 minute')",
     )
-    + """), touched AS (
-        UPDATE {s}.sessions SET seen_at = now()
-         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
-    )
+    + """), """
+    + TOUCHED
+    + """
     SELECT session.protocol_version, t.number, t.request_key IS NULL, t.floor, t.cursor, t.final_seq,
            -- The mark holds for what follows it; the cursor's own event has to be found too, unless it is the priming
            -- one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parts import LIVE, OWNER, Statements
+from .parts import LIVE, OWNER, TOUCHED, Statements
 
 statement = Statements()
 
@@ -58,10 +58,9 @@ statement(
     """
     WITH session AS (SELECT * FROM {s}.sessions WHERE """
     + LIVE
-    + """), touched AS (
-        UPDATE {s}.sessions SET seen_at = now()
-         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
-    )
+    + """), """
+    + TOUCHED
+    + """
     SELECT initialize, protocol_version, log_level, subscriptions,
            (SELECT number FROM {s}.streams WHERE session_id = session.id AND request_key IS NULL), told FROM session
     """,
@@ -85,10 +84,9 @@ statement(
     + OWNER
     + """, session AS (SELECT * FROM {s}.sessions WHERE """
     + LIVE
-    + """ FOR KEY SHARE), touched AS (
-        UPDATE {s}.sessions SET seen_at = now()
-         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
-    ), opened AS (
+    + """ FOR KEY SHARE), """
+    + TOUCHED
+    + """, opened AS (
         INSERT INTO {s}.streams (session_id, request_id, request_key, method, worker, reader_worker, reader_generation)
         SELECT id, %(request_id)s, %(request_key)s, %(method)s, %(me)s, %(me)s, 1 FROM session, owner
         ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
@@ -146,10 +144,9 @@ statement(
     """
     WITH session AS (SELECT * FROM {s}.sessions WHERE """
     + LIVE
-    + """ FOR KEY SHARE), touched AS (
-        UPDATE {s}.sessions SET seen_at = now()
-         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
-    ), owner AS (
+    + """ FOR KEY SHARE), """
+    + TOUCHED
+    + """, owner AS (
         SELECT number, epoch FROM {s}.workers
          WHERE number = (SELECT worker FROM session) AND ended_at IS NULL FOR KEY SHARE
     ), opened AS (
@@ -178,10 +175,9 @@ statement(
     """
     WITH session AS (SELECT * FROM {s}.sessions WHERE """
     + LIVE
-    + """), touched AS (
-        UPDATE {s}.sessions SET seen_at = now()
-         WHERE id = (SELECT id FROM session) AND seen_at < now() - make_interval(secs => %(touch)s::float8)
-    )
+    + """), """
+    + TOUCHED
+    + """
     SELECT w.number, w.number = %(me)s AND EXISTS (
                SELECT FROM {s}.inbox WHERE worker = %(me)s AND session_id = %(session)s)
       FROM session JOIN {s}.workers w ON w.number = session.worker AND w.ended_at IS NULL
