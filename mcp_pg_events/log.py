@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from psycopg.rows import TupleRow
 
+from .admission import Admission
 from .appends import MARGIN, Identity
 from .arrays import Int8Array, TextArray
 from .attachments import Attachments
@@ -28,12 +29,11 @@ from .backend import (
     Page,
     RequestInFlight,
     SessionKey,
-    SessionLimit,
     SessionRecord,
     SessionUnknown,
     Stream,
 )
-from .database import Connection, Database
+from .database import Database
 from .errors import ConfigurationError, DatabaseUnavailable
 from .fetcher import Fetcher
 from .finish import Finisher
@@ -78,6 +78,7 @@ class Log:
         self._hub = hub
         self._prefix = channel_prefix
         self._attachments = Attachments(database, queries, identity, writer, channel_prefix)
+        self._admission = Admission(database, queries)
         self._identity = identity
         self._opening: set[tuple[str, str | None, str]] = set()
 
@@ -110,20 +111,7 @@ class Log:
             "bound": bound,
             "upstream": upstream,
         }
-
-        async def record(connection: Connection) -> TupleRow | None:
-            if limit is not None:
-                await connection.execute(self._queries.lock_count, {"server": key.server})
-                cursor = await connection.execute(
-                    self._queries.count_sessions, {"server": key.server, "idle": key.idle_timeout, "limit": limit}
-                )
-                row = await cursor.fetchone()
-                if row is not None and row[0] >= limit:
-                    raise SessionLimit(f"{limit} sessions are already open")
-            cursor = await connection.execute(self._queries.open_session, parameters)
-            return await cursor.fetchone()
-
-        row = await self._database.transaction(record)
+        row = await self._admission.open(parameters, limit)
         if row is None:
             raise self._gone(parameters["me"])
         standalone, number, created_at, epoch = row

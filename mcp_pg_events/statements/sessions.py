@@ -6,11 +6,17 @@ from .parts import LIVE, OWNER, TOUCHED, Statements
 
 statement = Statements()
 
+_COUNT = "(hashtextextended('mcp_pg_events.max_sessions.' || %(server)s, 0))"
 statement(
     "lock_count",
     # Makes count and insert one step. In a statement of its own, since a statement that waits here has a snapshot from
     # before and would count too few.
-    "SELECT pg_advisory_xact_lock(hashtextextended('mcp_pg_events.max_sessions.' || %(server)s, 0))",
+    f"SELECT pg_advisory_xact_lock{_COUNT}",
+)
+statement(
+    "share_count",
+    # For a session that `admission.py` lets in without a count: no count while it is being opened.
+    f"SELECT pg_advisory_xact_lock_shared{_COUNT}",
 )
 statement(
     "count_sessions",
