@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..errors import Error
 
-__all__ = ["FORMAT", "VERSION", "Broken", "Line", "dumped", "read"]
+__all__ = ["FIELDS", "FORMAT", "VERSION", "Broken", "Line", "dumped", "read"]
 
 FORMAT: Final = "mcp-pg-events session"
 VERSION: Final = 1
@@ -25,7 +25,7 @@ NUMBERS: Final = 2**53
 
 _TEXT: Final = (str,)
 _OPTIONAL: Final = (str, type(None))
-_FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
+FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
     "session": {
         "id": _TEXT,
         "server": _TEXT,
@@ -36,6 +36,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
         "subscriptions": (list,),
         "worker": (int, type(None)),
         "told": (int,),
+        "upstream": _OPTIONAL,
         "created_at": (datetime,),
         "seen_at": (datetime,),
         "ended_at": (datetime, type(None)),
@@ -47,6 +48,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
         "request_key": _OPTIONAL,
         "method": _OPTIONAL,
         "shared": (bool,),
+        "upstream_id": _OPTIONAL,
         "reader_generation": (int,),
         "cursor": (int,),
         "last_seq": (int,),
@@ -62,6 +64,7 @@ _FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
         "seq": (int,),
         "created_at": (datetime,),
         "origin": _OPTIONAL,
+        "upstream_id": _OPTIONAL,
         "payload": _TEXT,
     },
     "end": {"streams": (int,), "events": (int,)},
@@ -122,7 +125,7 @@ def _check_header(values: dict[str, Any]) -> None:
 
 
 def _checked(number: int, kind: str, values: Any) -> dict[str, Any]:
-    fields = _FIELDS[kind]
+    fields = FIELDS[kind]
     if not isinstance(values, dict) or set(values) != set(fields):
         raise Broken(f"Line {number} of the file has other fields than the {kind} of an export.")
     return {name: _value(number, name, values[name], kinds) for name, kinds in fields.items()}

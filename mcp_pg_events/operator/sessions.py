@@ -18,8 +18,8 @@ from psycopg import sql
 from ..errors import ConfigurationError, Error
 from ..finals import final_error
 from ..queries import Queries
-from . import statements
 from .desk import Desk, checked_id, no_session
+from .statements import sessions as statements
 
 __all__ = [
     "Call",

@@ -14,8 +14,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from ..appends import MARGIN
-from . import statements
 from .desk import Desk, checked_id, no_session
+from .statements import tail as statements
 
 __all__ = ["Ended", "Message", "Missing", "follow"]
 

@@ -20,9 +20,10 @@ from ..errors import Error
 from ..finals import final_error
 from ..partitions import Interval, Partition, Policy, plan
 from ..schema import REVISION
-from . import statements
 from .carried import FORMAT, VERSION, Broken, Line, dumped, read
 from .desk import Desk, checked_id, no_session
+from .statements import transfer as statements
+from .statements.sessions import END_SESSION
 
 __all__ = ["Exported", "Imported", "export", "import_session"]
 
@@ -76,7 +77,8 @@ def export(desk: Desk, session_id: str, done: Exported) -> Iterator[str]:
         yield dumped("header", head | {"session": rows[0]})
         for row in _rows(desk, statements.EXPORT_STREAMS, asked):
             done.streams += 1
-            done.running += row["final_seq"] is None and row["request_key"] is not None and not row["shared"]
+            runs = row["final_seq"] is None and row["request_key"] is not None and not row["shared"]
+            done.running += runs and row["upstream_id"] is None
             yield dumped("stream", row)
         for row in _rows(desk, statements.EXPORT_EVENTS, asked):
             done.events += 1
@@ -128,6 +130,7 @@ class _Import:
             expired = self._expire(going)
             made = self._make_partitions(existing)
             self._raise_numbers(top)
+            session["adrift"] = session["upstream"] is not None and session["ended_at"] is None
             desk.run(statements.CARRIED_INSERT, session)
             lost, ended = self._end_what_ran(session)
             self._verify(session["id"])
@@ -262,12 +265,14 @@ class _Import:
             )
 
     def _end_what_ran(self, session: dict[str, Any]) -> tuple[int, bool]:
-        error = json.dumps(final_error("worker_lost"), separators=(",", ":"))
+        reason = "worker_lost" if session["upstream"] is None else "upstream_lost"
+        error = json.dumps(final_error(reason), separators=(",", ":"))
         bound = session["worker"] is not None and session["ended_at"] is None
-        lost = self._desk.run(statements.CARRIED_LOST, {"error": error, "all": bound})
+        limits = {"error": error, "all": bound, "adrift": session["adrift"]}
+        lost = self._desk.run(statements.CARRIED_LOST, limits)
         if bound:
             asked = {"session": session["id"], "reason": "worker_lost", "error": error}
-            self._desk.run(statements.END_SESSION, asked)
+            self._desk.run(END_SESSION, asked)
         return len(lost), bound
 
     def _verify(self, session_id: str) -> None:

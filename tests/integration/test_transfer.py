@@ -183,6 +183,7 @@ async def test_a_file_that_is_cut_anywhere_changes_nothing(migrated: str, other:
         (1, {"method": "\ud800"}, "has a method that cannot be"),
         (1, {"more": 1}, "other fields than the stream"),
         (1, {"request_id": None, "request_key": "x"}, "half an id"),
+        (1, {"shared": 1}, "has a shared that cannot be"),
         (-2, {"stream": 99}, "an event of a stream that it does not have"),
         (-2, {"seq": 0}, "before its beginning"),
         (-3, {"seq": 99}, "after the end of its stream"),
@@ -327,6 +328,27 @@ async def test_a_session_that_lived_on_one_worker_ends(migrated: str, other: str
     assert query(other, "SELECT worker, ended_reason FROM sessions") == [(None, "worker_lost")]
     assert query(other, "SELECT count(*) FROM streams WHERE final_seq IS NULL") == [(0,)]
     assert_streams_are_whole(other)
+
+
+async def test_streams_of_an_upstream_are_adrift_as_after_the_death_of_a_replica(
+    migrated: str, other: str, tmp_path: Path
+) -> None:
+    query(migrated, "INSERT INTO sessions (id, server, upstream) VALUES ('s', 'proxied', 'theirs')")
+    query(
+        migrated,
+        "INSERT INTO streams (session_id, request_id, request_key, worker, upstream_id) VALUES "
+        "('s', '1', 'i1', 1, 'x1'), ('s', '2', 'i2', 1, NULL), ('s', NULL, NULL, 1, NULL)",
+    )
+    query(migrated, "INSERT INTO events (stream, seq, payload, upstream_id) VALUES (1, 1, '{}', 'x1')")
+    exported(migrated, "s", tmp_path / "file")
+    ran = imported(other, tmp_path / "file", "--json")
+    assert (ran.code, json.loads(ran.out)["lost"]) == (0, 1), ran
+    found = query(other, "SELECT number, adrift_since IS NOT NULL, final_seq, upstream_id FROM streams ORDER BY 1")
+    assert found == [(1, True, None, "x1"), (2, False, 1, None), (3, True, None, None)]
+    [(error,)] = query(other, "SELECT payload FROM events WHERE stream = 2")
+    assert json.loads(error)["error"]["data"] == {"reason": "upstream_lost"}
+    assert query(other, "SELECT upstream FROM sessions") == [("theirs",)]
+    assert query(other, "SELECT upstream_id FROM events WHERE stream = 1") == [("x1",)]
 
 
 async def test_into_another_schema_and_by_stdin(migrated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
