@@ -7,12 +7,13 @@ spoil a round: subjects alternate within a round, the best round counts, and a b
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.benchmarks import flatout, latency
-from tests.benchmarks.environment import Bench, bench
+from tests.benchmarks import flatout, latency, sizing
+from tests.benchmarks.environment import ROOT, Bench, bench
 from tests.benchmarks.figures import OURS, PERSIST, Ratio, Report
 from tests.support.tools import missing_tool
 
@@ -72,3 +73,16 @@ def test_an_event_reaches_the_clients_socket_within_a_few_commits(running: Bench
 
 def test_readers_on_the_other_worker_keep_up(running: Bench) -> None:
     again_unless(lambda report: ratio(report, "other worker against same worker").high >= 0.3, flatout.run, running)
+
+
+def test_the_guide_to_sizing_says_what_an_event_takes(running: Bench) -> None:
+    text = (ROOT / "docs/how-to/sizing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (an? [^|]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    said = {case: int(disk.replace(",", "")) for case, disk, _ in rows}
+    report = Report("short", "")
+    sizing.run(running, report)
+    assert list(said) == report.cases()
+    for case, disk in said.items():
+        # Short tables end in half-filled pages, and calls and sessions in room that is used again.
+        if case.startswith("an event"):
+            assert report.median(case, OURS, "disk_bytes") == pytest.approx(disk, rel=0.15), case

@@ -71,24 +71,32 @@ class RoundRobin:
 @contextlib.asynccontextmanager
 async def round_robin(urls: Sequence[str]) -> AsyncIterator[RoundRobin]:
     """Run haproxy in front of the workers at `urls` until the block ends; skips the test where there is none."""
-    haproxy = require_tool("haproxy", "run `apt-get install haproxy`.")
+    servers = "\n".join(f"    server {number} {urlsplit(url).netloc}" for number, url in enumerate(urls))
     with tempfile.TemporaryDirectory(prefix="haproxy-") as made:
         proxy = RoundRobin(free_port(), Path(made))
-        servers = "\n".join(f"    server {number} {urlsplit(url).netloc}" for number, url in enumerate(urls))
-        configuration = proxy.directory / "haproxy.cfg"
-        configuration.write_text(_CONFIGURATION.format(directory=made, port=proxy.port, servers=servers))
-        process = await asyncio.create_subprocess_exec(
-            *(haproxy, "-db", "-q", "-f", str(configuration)),
-            stdin=asyncio.subprocess.DEVNULL,
-            preexec_fn=die_with_parent(signal.SIGTERM),
-        )
-        try:
-            await _wait_until_it_listens(process, proxy.port)
+        configuration = _CONFIGURATION.format(directory=made, port=proxy.port, servers=servers)
+        async with configured(configuration, proxy.port, proxy.directory):
             yield proxy
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def configured(configuration: str, port: int, directory: Path) -> AsyncIterator[None]:
+    """Run haproxy as `configuration` says, which has it listen on `port`, until the block ends."""
+    haproxy = require_tool("haproxy", "run `apt-get install haproxy`.")
+    file = directory / "haproxy.cfg"
+    file.write_text(configuration)
+    process = await asyncio.create_subprocess_exec(
+        *(haproxy, "-db", "-q", "-f", str(file)),
+        stdin=asyncio.subprocess.DEVNULL,
+        preexec_fn=die_with_parent(signal.SIGTERM),
+    )
+    try:
+        await _wait_until_it_listens(process, port)
+        yield
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 async def _wait_until_it_listens(process: asyncio.subprocess.Process, port: int) -> None:
