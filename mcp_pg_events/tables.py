@@ -97,6 +97,9 @@ Table(
     Index("sessions_live", "server", "seen_at", postgresql_where=text("ended_at IS NULL")),
     Index("sessions_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     Index("sessions_seen", "seen_at", postgresql_where=text("ended_at IS NULL")),
+    Index("sessions_created", "created_at", "id"),
+    Index("sessions_opened", "created_at", "id", postgresql_where=text("ended_at IS NULL")),
+    Index("sessions_owner", "owner", "created_at", "id", postgresql_where=text("owner IS NOT NULL")),
     Index("sessions_bound", "worker", postgresql_where=text("ended_at IS NULL AND worker IS NOT NULL")),
     comment="One row per MCP session.",
 )
