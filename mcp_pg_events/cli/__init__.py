@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mcp_pg_events.cli import demo, doctor, migrate, retention, serve, sessions, stdio, tail, transfer
+from mcp_pg_events.cli import demo, doctor, migrate, proxy, retention, serve, sessions, tail, transfer
 from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
@@ -47,7 +47,7 @@ def options(
 
 app.command()(migrate.migrate)
 app.command()(serve.serve)
-app.command(context_settings={"allow_interspersed_args": False})(stdio.proxy)
+app.command(context_settings={"allow_interspersed_args": False})(proxy.proxy)
 app.command()(demo.demo)
 app.command()(retention.retention)
 app.command()(doctor.doctor)

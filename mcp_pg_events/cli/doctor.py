@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import textwrap
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..settings import Settings
 from .options import Dsn, Schema
-
-if TYPE_CHECKING:
-    from ..doctor import Check
+from .report import print_checks
 
 __all__ = ["doctor"]
-
-INDENT = 20
 
 
 def doctor(
@@ -43,23 +37,6 @@ def doctor(
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in made]}))
     else:
-        width = shutil.get_terminal_size((80, 24)).columns
-        print("\n".join(_lines(check, width) for check in made))
+        print_checks(made)
     if failed:
         raise typer.Exit(1)
-
-
-def _lines(check: Check, width: int) -> str:
-    head = f"{check.status:<5} {check.name:<13} "
-    advice = [f"-> {check.advice}"] if check.advice else []
-    return "\n".join(
-        textwrap.fill(
-            text,
-            max(width, INDENT + 20),
-            initial_indent=head if place == 0 else " " * INDENT,
-            subsequent_indent=" " * INDENT,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for place, text in enumerate([check.found, *advice])
-    )

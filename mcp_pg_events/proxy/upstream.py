@@ -6,6 +6,7 @@ Nothing is followed (a redirect could take a credential elsewhere), nothing is s
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -221,8 +222,10 @@ class Upstream:
 
 def _why(error: BaseException) -> str:
     """An error in words that tell nothing of the request."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS: {error.reason.lower().replace('_', ' ')}" if error.reason else "no TLS"
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
     match error:
         case aiohttp.ServerDisconnectedError():
             return "it closed the connection"

@@ -23,6 +23,7 @@ from mcp_pg_events import Health, PostgresStore, durable, errors
 from mcp_pg_events.cli import app as command_line
 from mcp_pg_events.finals import MESSAGES as _MESSAGES
 from mcp_pg_events.finals import final_error
+from mcp_pg_events.proxy.http import proxy_app
 from mcp_pg_events.proxy.stdio import stdio_app
 from mcp_pg_events.store import StoreOptions
 from mcp_pg_events.tables import METADATA
@@ -38,6 +39,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 VARIABLE = re.compile(r"\bMCP_PG_EVENTS_[A-Z][A-Z_]*[A-Z]\b")
 MACHINE = re.compile(r"(?<![\w.])/(?:home|mnt|opt|private|root|srv|tmp|Users|work)/|file://")
 
+ANSWERING = ("http.py", "answers.py", "responses.py", "proxy/http.py", "proxy/endpoint.py")
 README_COMMANDS = ["pip install -e '.[embedded]' && mcp-pg-events demo", "pip install -e '.[dev]' && pytest"]
 
 
@@ -199,8 +201,8 @@ def test_the_reference_has_the_options_and_defaults_that_there_are(name: str) ->
 
 @pytest.mark.parametrize(
     ("function", "page"),
-    [(durable, "durable"), (PostgresStore, "store"), (stdio_app, "stdio")],
-    ids=["durable", "store", "stdio"],
+    [(durable, "durable"), (PostgresStore, "store"), (stdio_app, "proxy"), (proxy_app, "proxy")],
+    ids=["durable", "store", "stdio_app", "proxy_app"],
 )
 def test_the_reference_has_the_parameters_and_defaults_that_there_are(function: object, page: str) -> None:
     rows = table(section(f"reference/{page}.md", f"`{function.__name__}`"))  # type: ignore[attr-defined]
@@ -241,7 +243,7 @@ def test_the_reference_has_every_status_and_code() -> None:
     text = section("reference/errors.md", "HTTP statuses")
     documented = {(row[0], row[1]) for row in table(text)}
     used = set()
-    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("http.py", "answers.py")]
+    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ANSWERING]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "error_response":
             status, _, *code = node.args
