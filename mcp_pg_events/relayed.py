@@ -120,6 +120,11 @@ class RelayedSessions:
         rows = await self._database.fetch(self._queries.adrift, {"streams": Int8Array(streams)})
         return [number for (number,) in rows]
 
+    async def unread(self, streams: Iterable[int]) -> set[int]:
+        """Those of `streams` that no client reads, on any replica."""
+        rows = await self._database.fetch(self._queries.unread, {"streams": Int8Array(streams)})
+        return {number for (number,) in rows}
+
     async def overdue(self, server: str, seconds: float) -> list[tuple[int, str]]:
         """Calls of a server that have been adrift for so long, some of them: their streams and sessions."""
         rows = await self._database.fetch(

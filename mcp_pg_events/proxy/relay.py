@@ -107,6 +107,11 @@ class Relay:
         self._storing = asyncio.Lock()
 
     @property
+    def standalone(self) -> bool:
+        """Whether it answers no request."""
+        return self._request_id is None
+
+    @property
     def resumable(self) -> bool:
         """Whether another replica could go on with it."""
         return self._request_id is None or (self._last_id is not None and self._complete_ids)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL: Final = 0.5
 OVERDUE_INTERVAL: Final = 15.0
+LINGER: Final = 30.0
+"""After how long (seconds) without a client a standalone stream is read no more; twice that at most."""
 KNOWN: Final = 10_000
 """How many sessions are kept in mind; those that are not are looked up again."""
 
@@ -91,6 +93,7 @@ class Relays:
                 )
                 group.start_soon(self._watch)
                 group.start_soon(self._end_overdue)
+                group.start_soon(self._leave_unread)
                 try:
                     yield
                 finally:
@@ -230,6 +233,19 @@ class Relays:
             except Error as error:
                 logger.debug("Streams that nobody reads cannot be found for now: %s", error)
 
+    async def _leave_unread(self) -> None:
+        """A standalone stream has no end of its own: the upstream is asked for it only while a client listens."""
+        unread: set[int] = set()
+        while True:
+            await asyncio.sleep(LINGER)
+            standalone = {number: relay for number, relay in self._relays.items() if relay.standalone}
+            try:
+                # What comes between its look and the release finds nobody reading, and claims the stream anew.
+                before, unread = unread, await self._store.relayed.unread(standalone) if standalone else set()
+                await self._release([standalone[number] for number in before & unread])
+            except Error as error:
+                logger.debug("Streams that no client reads cannot be found for now: %s", error)
+
     async def _end_overdue(self) -> None:
         """Calls that no client came back for in a long time end with an error, so that nothing stays open for ever."""
         while True:
@@ -259,6 +275,8 @@ class Relays:
         self._store.spawn(self._release([relay for relay in self._relays.values() if relay.resumable]))
 
     async def _release(self, relays: list[Relay]) -> None:
+        if not relays:
+            return
         await asyncio.gather(*(relay.settle() for relay in relays))
         await self._store.relayed.release([relay.stream for relay in relays if not relay.stream.closed])
 

@@ -70,6 +70,10 @@ statement(
     "SELECT number FROM {s}.streams WHERE number = ANY(%(streams)b::bigint[]) AND worker IS NULL AND final_seq IS NULL",
 )
 statement(
+    "unread",
+    "SELECT number FROM {s}.streams WHERE number = ANY(%(streams)b::bigint[]) AND reader_worker IS NULL",
+)
+statement(
     "overdue",
     # Calls that no replica has gone on with for so long that nobody will.
     """

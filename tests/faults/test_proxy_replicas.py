@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.faults.test_death import trusted
+from tests.support.deployments import rows_of
 from tests.support.mcp_http import Response, Session, close_all
 from tests.support.postgres import create_database, database_name, drop_database
 from tests.support.sse import Event
@@ -32,10 +33,13 @@ def other(postgres_dsn: str, migrated_template: str):  # type: ignore[no-untyped
 
 
 @asynccontextmanager
-async def proxied(dsn: str, upstream_dsn: str | None, **options: object) -> AsyncIterator[tuple[Workers, Workers]]:
+async def proxied(
+    dsn: str, upstream_dsn: str | None, linger: float | None = None, **options: object
+) -> AsyncIterator[tuple[Workers, Workers]]:
+    given = {"proxy": options} | ({"linger": linger} if linger else {})
     async with run_workers("mcpserver_app", upstream_dsn, 1) as upstream:
         environment = {"TEST_UPSTREAM": f"{upstream[0].url}/mcp"}
-        async with run_workers("proxied_app", dsn, 2, environment=environment, options={"proxy": options}) as replicas:
+        async with run_workers("proxied_app", dsn, 2, environment=environment, options=given) as replicas:
             try:
                 yield replicas, upstream
             finally:
@@ -117,3 +121,25 @@ async def test_the_standalone_stream_is_taken_over_too(migrated: str, other: str
         again = await session.get(last, base_url=replicas[1].url)
         indexes = [event.message["params"]["data"]["index"] for event in await some(again, 2) if event.data]
         assert indexes == [0, 1]
+
+
+async def test_the_standalone_stream_is_read_only_while_a_client_listens(migrated: str) -> None:
+    reading = "SELECT worker IS NOT NULL FROM mcp_events.streams WHERE request_key IS NULL"
+    async with proxied(migrated, None, linger=0.2) as (replicas, _):
+        session = await Session.initialize(replicas[0].url)
+        listening = await session.get(base_url=replicas[0].url)
+        elsewhere = await session.get(base_url=replicas[1].url)
+        assert await session.call_result("announce", {"n": 2}) == "announced 2"
+        last = (await some(elsewhere, 2))[-1].id
+        assert await rows_of(migrated, reading) == [(True,)]
+        listening.cut()
+        elsewhere.cut()
+
+        async def left() -> bool:
+            return await rows_of(migrated, reading) == [(False,)]
+
+        await until(left)
+        again = await session.get(last, base_url=replicas[1].url)
+        assert await session.call_result("announce", {"n": 1}) == "announced 1"
+        assert [event.message["params"]["data"]["index"] for event in await some(again, 1) if event.data] == [0]
+        assert await rows_of(migrated, reading) == [(True,)]

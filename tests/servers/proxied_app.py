@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
+from mcp_pg_events.proxy import relays
 from mcp_pg_events.proxy.http import proxy_app
 from tests.servers.common import OPTIONS
 
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+relays.LINGER = OPTIONS.get("linger", relays.LINGER)
 app = proxy_app(os.environ["TEST_UPSTREAM"], os.environ["MCP_PG_EVENTS_DSN"], **OPTIONS.get("proxy", {}))
