@@ -121,7 +121,7 @@ def run(
     before its turn: its name, its place from 1, and how many there are.
 
     Raises:
-        ConfigurationError: `ttl` is shorter than a partition.
+        ConfigurationError: `ttl` is shorter than a partition, or a pooler in transaction mode stands between.
         DatabaseUnavailable, NotMigrated, Error: it cannot be done here, or not by this role.
     """
     began = time.monotonic()
@@ -131,6 +131,7 @@ def run(
         connect(Target(dsn, schema), "mcp-pg-events retention") as connection,
     ):
         connection.autocommit = True
+        _refuse_pooler(connection, Target(dsn, schema))
         report = _Pass(connection, check_schema(schema), ttl, dry_run, archive_to, on_partition).run()
     report.seconds = time.monotonic() - began
     results = [outcome.result for outcome in report.partitions]
@@ -321,6 +322,34 @@ class _Pass:
         composed = sql.SQL(statement).format(*map(sql.Literal, values), **named)
         cursor = self._connection.execute(composed)
         return cursor.fetchall() if cursor.description else []
+
+
+def _refuse_pooler(connection: psycopg.Connection[Any], target: Target) -> None:
+    """Raise where a pooler gives each transaction another connection.
+
+    A pass's lock and settings belong to its session: others would go on with them, and no later pass would get the
+    lock. In session mode nothing is amiss, but PgBouncer makes up the process number there too.
+    """
+    own = {_backend(connection)}
+    if own == {connection.info.backend_pid}:
+        return
+    with connect(target, "mcp-pg-events retention") as other:
+        other.autocommit = True
+        for _ in range(5):
+            # Which it was that another session has just had, or one after the other in turn.
+            backend = _backend(other)
+            own.add(_backend(connection))
+            if backend in own or len(own) > 1:
+                raise ConfigurationError(
+                    "The DSN leads through a pooler in transaction mode, where the lock and the settings of a pass "
+                    "would stay behind for others; give a direct connection."
+                )
+
+
+def _backend(connection: psycopg.Connection[Any]) -> int:
+    row = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def _length(interval: Interval) -> timedelta:

@@ -6,11 +6,14 @@ import asyncio
 
 import pytest
 
+from mcp_pg_events import retention
+from mcp_pg_events.errors import ConfigurationError
 from tests.faults.conftest import StartServer, WorkersOn
 from tests.support.calls import Counting, assert_serving, assert_sound, complaints, flow
 from tests.support.mcp_http import Session
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import PASSWORD
+from tests.support.servers import ROLE
 
 pytestmark = pytest.mark.anyio
 
@@ -56,3 +59,42 @@ async def test_prepared_statements_are_left_out_behind_a_pooler(
             [said] = complaints(worker)
             assert "prepare_threshold=None" in said
         await assert_sound(server)
+
+
+async def test_in_session_mode_nothing_has_to_be_set(start_server: StartServer, workers_on: WorkersOn) -> None:
+    server = await start_server()
+    async with PgBouncer.before(server, mode="session", pool_size=20) as bouncer:
+        workers = await workers_on(bouncer.dsn)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(4):
+                group.create_task(flow(workers, *workers.members))
+        for worker in workers.members:
+            # It cannot tell the modes apart, and goes without prepared statements in either.
+            [said] = complaints(worker)
+            assert "prepare_threshold=None" in said
+        await assert_sound(server)
+
+
+@pytest.mark.parametrize("pool_size", [1, 3])
+async def test_a_retention_pass_leaves_no_lock_and_no_setting_behind_in_a_pool(
+    start_server: StartServer, pool_size: int
+) -> None:
+    server = await start_server()
+    async with PgBouncer.before(server, pool_size=pool_size) as bouncer:
+        with pytest.raises(ConfigurationError, match="give a direct connection"):
+            await asyncio.to_thread(retention.run, bouncer.dsn, schema="mcp_events")
+    locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    assert await server.execute(locks) == [(0,)]
+    report = await asyncio.to_thread(retention.run, server.admin_dsn, schema="mcp_events")
+    assert not report.busy
+
+
+async def test_a_retention_pass_runs_through_a_pool_in_session_mode(start_server: StartServer) -> None:
+    server = await start_server()
+    for table in ("events", "settings"):
+        await server.execute(f"ALTER TABLE mcp_events.{table} OWNER TO {ROLE}")
+    async with PgBouncer.before(server, mode="session") as bouncer:
+        report = await asyncio.to_thread(retention.run, bouncer.dsn, schema="mcp_events")
+        assert report.partitions and not report.busy
+        again = await asyncio.to_thread(retention.run, bouncer.dsn, schema="mcp_events")
+        assert not again.busy

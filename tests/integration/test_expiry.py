@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from mcp_pg_events import PostgresStore, retention, worker
+from mcp_pg_events import PostgresStore, chores, retention
 from mcp_pg_events.backend import CursorRejected, SessionKey, Stream
 from tests.support.ageing import age, grow_old
 from tests.support.log import (
@@ -160,7 +160,7 @@ async def test_a_server_whose_job_never_ran_goes_on_after_forty_days(migrated: s
 async def test_one_of_the_workers_lets_go_where_no_job_does(
     migrated: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker, "RETENTION_FIRST", 0.05)
+    monkeypatch.setattr(chores, "RETENTION_FIRST", 0.05)
     age(migrated, events=24)
     caplog.set_level("INFO")
     async with running(migrated, 3, retention=WEEK):
