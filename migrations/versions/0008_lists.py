@@ -31,4 +31,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DROP INDEX sessions_owner, sessions_opened, sessions_created")
+    op.execute("DROP INDEX IF EXISTS sessions_owner, sessions_opened, sessions_created")
