@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mcp_pg_events.cli import demo, doctor, migrate, proxy, retention, serve, sessions, tail, transfer
+from mcp_pg_events.cli import demo, doctor, migrate, proxy, retention, serve, sessions, stats, tail, transfer
 from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
@@ -52,6 +52,7 @@ app.command()(demo.demo)
 app.command()(retention.retention)
 app.command()(doctor.doctor)
 app.add_typer(sessions.app, name="sessions")
+app.command()(stats.stats)
 app.command()(tail.tail)
 app.command()(transfer.export)
 app.command("import")(transfer.import_)
