@@ -18,6 +18,7 @@ import psycopg
 from .arrays import Int8Array, TextArray
 from .backend import Stream
 from .database import Connection, Limit, is_outage, translate
+from .direct import Direct
 from .queries import Queries
 
 __all__ = ["MARGIN", "Appends", "Entry", "Identity", "Refused"]
@@ -82,12 +83,14 @@ class Appends:
         self._identity = identity
         self._made = 0
         self.connection: Connection | None = None
+        self._direct: Direct | None = None
 
     async def ready(self) -> bool:
         """Have a connection; True where it stands in for one that was lost."""
         if self.connection is not None and not self.connection.closed:
             return False
         self.connection = await self._connect()
+        self._direct = Direct(self.connection)
         self._made += 1
         return self._made > 1
 
@@ -234,7 +237,7 @@ class Appends:
         return [number for (number,) in await cursor.fetchall()]
 
     async def _execute(self, statement: bytes, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
-        assert self.connection is not None
-        parameters |= {"me": self._identity.number, "epoch": self._identity.epoch}
-        cursor = await self.connection.execute(statement, parameters)
-        return await cursor.fetchall() if cursor.description else []
+        assert self._direct is not None
+        return await self._direct.fetch(
+            statement, parameters | {"me": self._identity.number, "epoch": self._identity.epoch}
+        )

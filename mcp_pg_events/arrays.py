@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from psycopg import adapt, pq
 
-__all__ = ["Int8Array", "TextArray", "register"]
+__all__ = ["Int8Array", "TextArray", "dump_int8_array", "dump_text_array", "register"]
 
 _INT8_OID, _INT8_ARRAY_OID = 20, 1016
 _TEXT_OID, _TEXT_ARRAY_OID = 25, 1009
@@ -40,18 +40,33 @@ class TextArray:
         self.values = list(values)
 
 
+def dump_int8_array(array: Int8Array) -> bytes:
+    """The binary form of a `bigint[]`."""
+    count = len(array.values)
+    if not count:
+        return struct.pack("!iiI", 0, 0, _INT8_OID)
+    flat: list[int] = []
+    for value in array.values:
+        flat += (8, value)
+    return _HEADER.pack(1, 0, _INT8_OID, count, 1) + struct.pack("!" + "iq" * count, *flat)
+
+
+def dump_text_array(array: TextArray) -> bytes:
+    """The binary form of a `text[]`."""
+    if not array.values:
+        return struct.pack("!iiI", 0, 0, _TEXT_OID)
+    parts = [_HEADER.pack(1, int(None in array.values), _TEXT_OID, len(array.values), 1)]
+    for value in array.values:
+        parts += (_NULL,) if value is None else (_LENGTH.pack(len(value)), value)
+    return b"".join(parts)
+
+
 class _Int8ArrayDumper(adapt.Dumper):
     format = pq.Format.BINARY
     oid = _INT8_ARRAY_OID
 
     def dump(self, obj: Int8Array) -> bytes:
-        count = len(obj.values)
-        if not count:
-            return struct.pack("!iiI", 0, 0, _INT8_OID)
-        flat: list[int] = []
-        for value in obj.values:
-            flat += (8, value)
-        return _HEADER.pack(1, 0, _INT8_OID, count, 1) + struct.pack("!" + "iq" * count, *flat)
+        return dump_int8_array(obj)
 
 
 class _TextArrayDumper(adapt.Dumper):
@@ -59,12 +74,7 @@ class _TextArrayDumper(adapt.Dumper):
     oid = _TEXT_ARRAY_OID
 
     def dump(self, obj: TextArray) -> bytes:
-        if not obj.values:
-            return struct.pack("!iiI", 0, 0, _TEXT_OID)
-        parts = [_HEADER.pack(1, int(None in obj.values), _TEXT_OID, len(obj.values), 1)]
-        for value in obj.values:
-            parts += (_NULL,) if value is None else (_LENGTH.pack(len(value)), value)
-        return b"".join(parts)
+        return dump_text_array(obj)
 
 
 def register(adapters: adapt.AdaptersMap) -> None:
