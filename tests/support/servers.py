@@ -271,22 +271,52 @@ class Server:
     async def standby(self, name: str = "standby", *, port: int | None = None) -> AsyncIterator[Server]:
         """A streaming replica until the block ends; `port` is where it finds this server, a proxy's for instance."""
         with _home(self._cluster.user) as home:
-            source = f"host={self.host} port={port or self.port} user=postgres password={PASSWORD}"
-            copied = await asyncio.create_subprocess_exec(
-                *(str(self._cluster.binaries / "pg_basebackup"), "--pgdata", str(home / "data")),
-                *("--dbname", f"{source} application_name={name}", "--write-recovery-conf"),
-                *("--checkpoint=fast", "--no-sync", "--wal-method=stream"),
-                user=self._cluster.user,
-                cwd="/",
-                stderr=asyncio.subprocess.PIPE,
-            )
-            _, complaint = await copied.communicate()
-            assert copied.returncode == 0, complaint.decode()
+            await self._copy_to(home, name, "--write-recovery-conf", port=port)
             async with Server(self._cluster, home, {})._running() as server:
                 async with asyncio.timeout(START_TIMEOUT):
                     while not await self._streams_to(name):  # noqa: ASYNC110 (another process)
                         await asyncio.sleep(0.02)
                 yield server
+
+    @contextlib.asynccontextmanager
+    async def base_backup(self) -> AsyncIterator[Server]:
+        """A server on a base backup of this one, not started; it is stopped when the block ends."""
+        with _home(self._cluster.user) as home:
+            await self._copy_to(home, "backup")
+            server = Server(self._cluster, home, {})
+            try:
+                yield server
+            finally:
+                await server.stop("immediate")
+
+    async def recover(self, archive: Path, point: str) -> None:
+        """Start on a base backup, replay what is archived up to a restore point, and return when it takes writes."""
+        signal_file = self._home / "data" / "recovery.signal"
+        signal_file.touch()
+        if self._cluster.user is not None:
+            shutil.chown(signal_file, self._cluster.user)
+        self.settings |= {
+            "restore_command": f"cp {archive}/%f %p",
+            "recovery_target_name": point,
+            "recovery_target_action": "promote",
+        }
+        await self.start()
+        async with asyncio.timeout(START_TIMEOUT):
+            while await self.execute("SELECT pg_is_in_recovery()") == [(True,)]:  # noqa: ASYNC110 (another process)
+                await asyncio.sleep(0.02)
+
+    async def _copy_to(self, home: Path, name: str, *options: str, port: int | None = None) -> None:
+        source = f"host={self.host} port={port or self.port} user=postgres password={PASSWORD}"
+        copied = await asyncio.create_subprocess_exec(
+            *(str(self._cluster.binaries / "pg_basebackup"), "--pgdata", str(home / "data")),
+            *("--dbname", f"{source} application_name={name}", *options),
+            *("--checkpoint=fast", "--no-sync", "--wal-method=stream"),
+            user=self._cluster.user,
+            cwd="/",
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, complaint = await copied.communicate()
+        assert copied.returncode == 0, complaint.decode()
 
     async def _streams_to(self, name: str) -> bool:
         query = "SELECT 1 FROM pg_stat_replication WHERE application_name = %s AND state = 'streaming'"
