@@ -36,7 +36,7 @@ PARTITIONS = 60
 EXECUTIONS = 12
 READ = 4
 """Today, two ahead, and yesterday around midnight."""
-RELATIONS = 24
+RELATIONS = 32
 """All relations of the schema that one statement may lock: those partitions, each with its index, and the tables and
 indexes of sessions, streams and workers. It was 121 for a read without a bound."""
 
