@@ -78,7 +78,8 @@ def _alone(directory: Path) -> Iterator[int]:
     """Wait for other passes that write into this directory; its descriptor."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # network file systems lock no directory
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)

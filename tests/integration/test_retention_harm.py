@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +64,17 @@ def detach_and_give_up(dsn: str, name: str) -> None:
 
 def count(dsn: str, name: str) -> int:
     return int(query(dsn, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(name)))[0][0])
+
+
+def bounds(dsn: str, name: str) -> tuple[str, str]:
+    """The lower and upper bound of a partition."""
+    [found] = query(
+        dsn,
+        "SELECT b[1], b[2] FROM pg_class c, regexp_match(pg_get_expr(c.relpartbound, c.oid), "
+        "'FROM \\(''(.*)''\\) TO \\(''(.*)''\\)') b WHERE c.oid = ('mcp_events.' || %s)::regclass",
+        name,
+    )
+    return found
 
 
 def marked(dsn: str) -> list[str]:
@@ -153,6 +163,23 @@ def _before(do: Any, part: str, dsn: str, name: str) -> Any:
     return done
 
 
+def test_the_guides_way_of_keeping_a_partition_keeps_it(migrated: str) -> None:
+    age(migrated, events=1200)
+    name = partitions(migrated)[1]
+    _, upper = bounds(migrated, name)
+    events = count(migrated, name)
+    page = (Path(__file__).parents[2] / "docs/how-to/retention.md").read_text(encoding="utf-8")
+    section = page.partition("## Keep a partition")[2]
+    statements = section.partition("```sql\n")[2].partition("```")[0]
+    statements = statements.replace("events_p2026112600", name).replace("2026-11-27 00:00+00", upper)
+    with psycopg.connect(migrated, autocommit=True) as dba:
+        for statement in statements.split(";")[:-1]:
+            dba.execute(statement)  # type: ignore[call-overload]  # text of the page
+    assert results(run(migrated)) == {"dropped": 4, "kept": 10}
+    assert [result for _, result in query(migrated, "SELECT * FROM drop_expired('7 days')")] == []
+    assert count(migrated, name) == events > 0
+
+
 def test_the_mark_of_a_pass_that_was_killed_goes_where_the_partition_is_to_stay(migrated: str) -> None:
     age(migrated, events=100)
     name = partitions(migrated)[-4]
@@ -174,11 +201,7 @@ def test_two_schemas_do_not_write_over_each_others_archives(migrated: str, tmp_p
             connection.execute(
                 sql.SQL("CREATE TABLE other.{0} (LIKE mcp_events.{0} INCLUDING ALL)").format(sql.Identifier(name))
             )
-            [(lower, upper)] = connection.execute(
-                "SELECT b[1], b[2] FROM pg_class c, regexp_match(pg_get_expr(c.relpartbound, c.oid), "
-                "'FROM \\(''(.*)''\\) TO \\(''(.*)''\\)') b WHERE c.oid = ('mcp_events.' || %s)::regclass",
-                [name],
-            )
+            lower, upper = bounds(migrated, name)
             connection.execute(
                 sql.SQL("ALTER TABLE other.events ATTACH PARTITION other.{} FOR VALUES FROM ({}) TO ({})").format(
                     sql.Identifier(name), lower, upper
@@ -233,91 +256,7 @@ def test_without_a_ttl_not_even_what_an_earlier_pass_began_goes(migrated: str) -
     assert query(migrated, "SELECT count(*) FROM pg_tables WHERE tablename LIKE 'events_p%%'") == [(10,)]
 
 
-# --- floors -----------------------------------------------------------------------------------------------------------
-
-STREAMS = 2500
-
-
-@pytest.fixture
-def floors(migrated: str) -> tuple[str, str]:
-    """A database with many streams that go on and have an event in its oldest partition; and that."""
-    age(migrated)
-    query(
-        migrated,
-        "INSERT INTO streams (session_id, request_id, request_key, created_at) "
-        "SELECT 's', n::text, 'i' || n, now() - interval '12 days' FROM generate_series(1, %s) n",
-        STREAMS,
-    )
-    query(
-        migrated,
-        "INSERT INTO events (stream, seq, created_at, payload) "
-        "SELECT number, 3, date_trunc('day', now(), 'UTC') - interval '12 days', '{}' FROM streams",
-    )
-    # The order in the table is another one now.
-    query(migrated, "UPDATE streams SET worker = 1 WHERE number % 3 = 0")
-    return migrated, partitions(migrated)[0]
-
-
-def test_floors_are_raised_in_pages_and_by_the_number(floors: tuple[str, str]) -> None:
-    dsn, name = floors
-    numbers = [number for (number,) in query(dsn, "SELECT number FROM streams ORDER BY number")]
-    page = "SELECT raise_floors(%s::regclass, date_trunc('day', now(), 'UTC') - interval '11 days', %s, 1000)"
-    assert query(dsn, page, name, 0) == [(numbers[999],)]
-    assert query(dsn, "SELECT max(number), count(*) FROM streams WHERE floor = 3") == [(numbers[999], 1000)]
-    assert query(dsn, page, name, numbers[999]) == [(numbers[1999],)]
-    assert query(dsn, page, name, numbers[1999]) == [(numbers[-1],)]
-    assert query(dsn, page, name, numbers[-1]) == [(None,)]
-    assert query(dsn, "SELECT count(*) FROM streams WHERE floor = 3") == [(STREAMS,)]
-
-
-def test_streams_are_locked_in_the_order_of_their_numbers(floors: tuple[str, str]) -> None:
-    dsn, name = floors
-    numbers = [number for (number,) in query(dsn, "SELECT number FROM streams ORDER BY number")]
-    held = numbers[500]
-    statement = "SELECT raise_floors(%s::regclass, now() - interval '10 days', 0, 1000)"
-    with psycopg.connect(dsn) as holder:
-        holder.execute("SELECT FROM mcp_events.streams WHERE number = %s FOR UPDATE", [held])
-        raising = threading.Thread(target=query, args=(dsn, statement, name))
-        raising.start()
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%raise_floors%%'"
-        )
-        deadline = time.monotonic() + 10
-        while query(dsn, waiting) != [(1,)]:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        free = query(dsn, "SELECT number FROM streams ORDER BY number FOR UPDATE SKIP LOCKED")
-        holder.rollback()
-        raising.join()
-    assert [number for (number,) in free] == numbers[501:]
-
-
-def test_a_pass_raises_them_page_by_page(floors: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    dsn, _ = floors
-    monkeypatch.setattr(retention, "FLOORS", 600)
-    pages = []
-    do = retention._Pass._do
-
-    def counted(self: Any, statement: Any, *values: Any, **options: Any) -> Any:
-        rows = do(self, statement, *values, **options)
-        if "SELECT raise_floors" in statement:
-            pages.append(query(dsn, "SELECT count(*) FROM streams WHERE floor = 3")[0][0])
-        return rows
-
-    monkeypatch.setattr(retention._Pass, "_do", counted)
-    run(dsn)
-    assert pages[:6] == [600, 1200, 1800, 2400, 2500, 2500]
-
-
-def test_a_call_of_the_function_raises_some_and_the_next_goes_on(floors: tuple[str, str]) -> None:
-    dsn, name = floors
-    for raised in (1000, 2000, 2500):
-        assert query(dsn, "SELECT * FROM drop_expired('7 days')") == [(name, "floors raised")]
-        assert query(dsn, "SELECT count(*) FROM streams WHERE floor = 3") == [(raised,)]
-        assert name in partitions(dsn)
-    rows = query(dsn, "SELECT * FROM drop_expired('7 days')")
-    assert [result for _, result in rows] == ["dropped"] * 5
-    assert name not in partitions(dsn)
+# --- an earlier revision --------------------------------------------------------------------------------------------
 
 
 def test_a_database_of_an_earlier_revision_is_told_before_anything_is_marked(migrated: str) -> None:
@@ -326,20 +265,6 @@ def test_a_database_of_an_earlier_revision_is_told_before_anything_is_marked(mig
     with pytest.raises(NotMigrated, match="run `mcp-pg-events migrate`"):
         run(migrated)
     assert marked(migrated) == []
-
-
-def test_the_migration_leaves_one_function_which_older_programs_can_call(floors: tuple[str, str]) -> None:
-    dsn, name = floors
-    migrate.downgrade(dsn, revision="0005")
-    query(
-        dsn,
-        "CREATE FUNCTION raise_floors(partition regclass, upper_bound timestamptz) RETURNS bigint LANGUAGE sql "
-        "AS 'SELECT 0::bigint'",
-    )
-    migrate.upgrade(dsn)
-    assert query(dsn, "SELECT count(*) FROM pg_proc WHERE proname = 'raise_floors'") == [(1,)]
-    query(dsn, "SELECT raise_floors(%s::regclass, now() - interval '10 days')", name)
-    assert query(dsn, "SELECT count(*) FROM streams WHERE floor = 3") == [(STREAMS,)]
 
 
 # --- locks and settings -----------------------------------------------------------------------------------------------
