@@ -82,14 +82,21 @@ class Direct:
         self._answered: asyncio.Future[None]
         self._socket = -1
 
-    async def fetch(self, statement: bytes, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """Run a statement with named parameters, each time of the same types, and its rows.
+    async def fetch(
+        self, statement: bytes, parameters: Mapping[str, Any], *, alone: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement with named parameters, each time of the same types, and its rows. `alone` says that this
+        connection needs no other one: it is forgotten when another takes its place.
 
         Raises:
             psycopg.Error: as psycopg would. When the caller is cancelled meanwhile, the connection is closed.
         """
         pgconn = self._pgconn
         if (prepared := self._statements.get(statement)) is None:
+            if alone and self._statements:
+                self._statements.clear()
+                if self._prepares:
+                    await self._connection.execute("DEALLOCATE mcp_pg_events_0")
             prepared = _Prepared(statement, parameters, b"mcp_pg_events_%d" % len(self._statements))
             if self._prepares:
                 pgconn.send_prepare(prepared.name, prepared.text, prepared.oids)

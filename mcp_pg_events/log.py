@@ -1,6 +1,6 @@
 """The log over PostgreSQL: sessions, streams and their readers; what is appended goes through `writer.py`.
 
-Reads that touch events are never prepared: a generic plan locks and probes every partition, whatever the bound
+Reads that touch events are never prepared with their bound as a parameter: such a plan locks and probes every partition
 (PostgreSQL manual, "Partition Pruning"). Next: `hub.py` and `reader.py` for what was stored.
 """
 

@@ -9,7 +9,6 @@ Next: `log.py` hands the stream to `session.py`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from .appends import Identity
 from .arrays import TextArray
 from .backend import SessionKey
 from .database import Connection, Limit, is_outage, translate
-from .errors import Error
+from .kept import Kept
 from .queries import Queries
 
 __all__ = ["Opened", "Opener"]
@@ -70,24 +69,20 @@ class Opener:
         identity: Identity,
         on_stale: Callable[[set[str]], None],
     ) -> None:
-        self._connect = connect
+        self._kept = Kept(connect)
         self._queries = queries
         self._identity = identity
         self._on_stale = on_stale
-        self._connection: Connection | None = None
         self._waiting: list[_Asked] = []
         self._leading = False
-        self._lost = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._connection = await self._connect()
-        self._tasks = [asyncio.create_task(self._reconnect(), name="mcp_pg_events.opener")]
+        await self._kept.start()
 
     async def stop(self) -> None:
-        await tasks.end(*self._tasks, self._follower)
-        await self._close()
+        await tasks.end(self._follower)
+        await self._kept.stop()
 
     async def open(self, key: SessionKey, request_id: str, request_key: str, method: str) -> Opened | None:
         """Open the stream of a request; None when that has to be asked for by itself.
@@ -95,7 +90,7 @@ class Opener:
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
-        if self._connection is None:
+        if self._kept.connection is None:
             return None
         asked = _Asked(key, request_id, request_key, method)
         self._waiting.append(asked)
@@ -127,7 +122,7 @@ class Opener:
                 self._leading = False
 
     async def _open(self, batch: list[_Asked]) -> None:
-        if self._connection is None:
+        if (connection := self._kept.connection) is None:
             return
         me, key = self._identity.number, batch[0].key
         parameters = {
@@ -141,8 +136,8 @@ class Opener:
             "request_keys": TextArray(asked.request_key.encode() for asked in batch),
             "methods": TextArray(asked.method.encode() for asked in batch),
         }
-        with Limit(self._connection, PATIENCE):
-            cursor = await self._connection.execute(self._queries.open_streams, parameters)
+        with Limit(connection, PATIENCE):
+            cursor = await connection.execute(self._queries.open_streams, parameters)
             rows = await cursor.fetchall()
         stale: set[str] = set()
         for place, number, created_at, protocol_version, told, epoch, is_stale in rows:
@@ -164,24 +159,4 @@ class Opener:
                 if not asked.done.done():
                     asked.done.set_exception(translate(error))
                     asked.done.exception()
-        await self._close()
-        self._lost.set()
-
-    async def _reconnect(self) -> None:
-        pause = 0.0
-        while True:
-            await self._lost.wait()
-            try:
-                self._connection = await self._connect()
-                self._lost.clear()
-                pause = 0.0
-            except (psycopg.Error, Error, OSError) as error:
-                logger.debug("There is no connection to open streams on: %s", error)
-                pause = min(1.0, pause * 2 or 0.05)
-                await asyncio.sleep(pause)
-
-    async def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(psycopg.Error, OSError):
-                await connection.close()
+        await self._kept.lose()

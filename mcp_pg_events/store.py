@@ -53,8 +53,8 @@ class PostgresStore(EventStore):
         dsn: A libpq connection string or URI.
         listen_dsn: A direct connection for LISTEN, where `dsn` goes through a pooler in transaction mode.
         schema: The schema that `mcp-pg-events migrate` made.
-        max_connections: Upper bound of the pool for requests. A worker has four connections more: one each to open
-            requests' streams, to write, to wake other workers, and to listen.
+        max_connections: Upper bound of the pool for requests. A worker has five connections more: one each to open
+            requests' streams, to write, to wake other workers, to read, and to listen.
         prepare_threshold: As in psycopg; None for a pooler that knows no prepared statements.
         outage_timeout: How long (seconds) calls and resuming clients wait for a database that is away.
         drain_timeout: How long (seconds) running calls may go on after SIGTERM.
@@ -76,7 +76,7 @@ class PostgresStore(EventStore):
         *,
         listen_dsn: str | None = None,
         schema: str = "mcp_events",
-        max_connections: int = 4,
+        max_connections: int = 3,
         prepare_threshold: int | None = 5,
         outage_timeout: float = 60.0,
         drain_timeout: float = 20.0,

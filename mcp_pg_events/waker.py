@@ -23,6 +23,7 @@ from . import tasks, telemetry
 from .appends import Identity
 from .arrays import Int8Array
 from .database import Connection, Limit, is_outage, translate
+from .direct import Direct
 from .errors import Error
 from .queries import Queries
 
@@ -49,12 +50,13 @@ class Waker:
         self._announced = asyncio.Event()
         self._announced.set()
         self._connection: Connection | None = None
+        self._direct: Direct | None = None
         self._task: asyncio.Task[None] | None = None
         self.sent = 0
         """Notifications sent so far."""
 
     async def start(self) -> None:
-        self._connection = await self._connect()
+        await self._open()
         self._task = asyncio.create_task(self._run(), name="mcp_pg_events.waker")
 
     async def stop(self) -> None:
@@ -100,14 +102,18 @@ class Waker:
         if not batch:
             return
         if self._connection is None or self._connection.closed:
-            self._connection = await self._connect()
+            await self._open()
+        assert self._connection is not None and self._direct is not None
         with Limit(self._connection, PATIENCE):
-            cursor = await self._connection.execute(
+            ((sent, _),) = await self._direct.fetch(
                 self._queries.wake, {"streams": Int8Array(batch), "me": self._identity.number, "prefix": self._prefix}
             )
-            row = await cursor.fetchone()
-        self.sent += row[0] if row else 0
-        telemetry.notified(row[0] if row else 0)
+        self.sent += sent
+        telemetry.notified(sent)
+
+    async def _open(self) -> None:
+        self._connection = await self._connect()
+        self._direct = Direct(self._connection)
 
     async def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

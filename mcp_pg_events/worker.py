@@ -105,7 +105,7 @@ class Worker:
         self.finisher = Finisher(
             self.database, queries, self.identity, self.hub, self.waker.add, self._session_ended, prefix
         )
-        self.fetcher = Fetcher(self.database, queries)
+        self.fetcher = Fetcher(self._connect, self.database, queries, prepares=self._prepare_threshold is not None)
         self.opener = Opener(
             self._connect, queries, self.identity, lambda stale: self.spawn(self.touch_sessions(stale))
         )
@@ -147,7 +147,7 @@ class Worker:
         await self.waker.start()
         await self.writer.start()
         await self.opener.start()
-        self.fetcher.start()
+        await self.fetcher.start()
         self.inbox.start()
         self.watch.start()
         self.spawn(chores.make_partitions(self.database, queries))

@@ -134,8 +134,8 @@ statement(
 statement(
     "read",
     # What follows in each of several streams, up to `limit` events and `page` bytes of each, with what a reader must
-    # know of the stream itself. One scalar bound for all, the least of theirs: never prepared, so that it prunes when
-    # planning.
+    # know of the stream itself. One scalar bound for all, the least of theirs: a kept plan has it as a constant, so
+    # that it prunes when planning.
     """
     SELECT w.stream, t.final_seq, t.reader_generation, t.floor, e.seq, e.created_at, e.payload, now()
       FROM unnest(%(streams)b::bigint[], %(after)b::bigint[]) w(stream, after)

@@ -1,6 +1,6 @@
 """The short form: fails on a gross regression of a ratio, never on an absolute time.
 
-The bounds are looser than the targets, since a test run shares its machine, and a neighbour that wakes up can only
+The bounds are far from what is measured, since a test run shares its machine, and a neighbour that wakes up can only
 spoil a round: subjects alternate within a round, the best round counts, and a benchmark that fails is run once more.
 """
 
@@ -16,8 +16,6 @@ from tests.benchmarks import flatout, latency, sizing
 from tests.benchmarks.environment import ROOT, Bench, bench
 from tests.benchmarks.figures import OURS, PERSIST, Ratio, Report
 from tests.support.tools import missing_tool
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +62,10 @@ def test_storing_from_100_callers_is_several_times_the_peers_rate(running: Bench
 
 def test_an_event_reaches_the_clients_socket_within_a_few_commits(running: Bench) -> None:
     def good(report: Report) -> bool:
+        # Measured: 2 and 6. A wake-up that is lost waits for the next poll, which is thousands.
         same = ratio(report, "same worker, p50 against a commit's")
         other = ratio(report, "other worker, p50 against a commit's")
-        return same.low <= 2 * 3 and other.low <= 2 * 5
+        return same.low <= 10 and other.low <= 30
 
     again_unless(good, latency.run, running)
 
@@ -75,6 +74,7 @@ def test_readers_on_the_other_worker_keep_up(running: Bench) -> None:
     again_unless(lambda report: ratio(report, "other worker against same worker").high >= 0.3, flatout.run, running)
 
 
+@pytest.mark.slow
 def test_the_guide_to_sizing_says_what_an_event_takes(running: Bench) -> None:
     text = (ROOT / "docs/how-to/sizing.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (an? [^|]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)

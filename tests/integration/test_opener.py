@@ -112,7 +112,7 @@ async def test_a_lost_connection_costs_no_request_and_opens_none_twice(migrated:
     async with running(migrated, 1) as (store,):
         key, _ = await open_session(store)
         opener = parts(store).opener
-        connection = opener._connection
+        connection = opener._kept.connection
         assert connection is not None
         execute = connection.execute
 
@@ -124,7 +124,7 @@ async def test_a_lost_connection_costs_no_request_and_opens_none_twice(migrated:
         streams = await asyncio.gather(*(open_call(store, key, number) for number in range(1, 9)))
         assert len({stream.number for stream in streams}) == 8
         assert query(migrated, "SELECT count(*) FROM streams WHERE method = 'tools/call'") == [(8,)]
-        await until(lambda: opener._connection is not None)
+        await until(lambda: opener._kept.connection is not None)
         stop_single_opens(store)
         await open_call(store, key, 9)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
+from mcp_pg_events.direct import Direct
 from tests.support.log import (
     NOTE,
     RESULT,
@@ -85,17 +86,29 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
          WHERE pid = pg_backend_pid() AND relnamespace = 'mcp_events'::regnamespace
     """
 
+    async def note(connection: Any, statement: bytes) -> None:
+        comment = statement.partition(b" */")[0].decode()
+        row = await (await execute(connection, count, [comment + " */"], prepare=False)).fetchone()
+        counts[comment.rpartition(":")[2]].append(Locked(*row))
+
     async def counted(connection: Any, statement: Any, *args: Any, **arguments: Any) -> Any:
         if not (isinstance(statement, bytes) and statement.startswith(b"/* mcp_pg_events:")):
             return await execute(connection, statement, *args, **arguments)
-        comment = statement.partition(b" */")[0].decode()
         async with connection.transaction():
             cursor = await execute(connection, statement, *args, **arguments)
-            row = await (await execute(connection, count, [comment + " */"], prepare=False)).fetchone()
-            counts[comment.rpartition(":")[2]].append(Locked(*row))
+            await note(connection, statement)
         return cursor
 
+    fetch = Direct.fetch
+
+    async def counted_too(direct: Direct, statement: bytes, *args: Any, **arguments: Any) -> Any:
+        async with direct._connection.transaction():
+            rows = await fetch(direct, statement, *args, **arguments)
+            await note(direct._connection, statement)
+        return rows
+
     monkeypatch.setattr(psycopg.AsyncConnection, "execute", counted)
+    monkeypatch.setattr(Direct, "fetch", counted_too)
     yield counts
 
 
