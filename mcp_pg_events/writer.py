@@ -42,6 +42,7 @@ STALL: Final = 2.0
 """A flush that takes longer (seconds) is worth a line in the log."""
 
 _RENEWING: Final = "This worker was declared dead and takes a new number; send the request again"
+_NEVER: Final = 2**63
 _ENDED: Final = "The stream has ended, so nothing more can follow in it"
 
 
@@ -82,6 +83,8 @@ class Writer:
         self._flushes = 0
         self._oldest = self._since = 0.0  # when (loop time) the first event of the queue, of the batch, was appended
         self._unsure = False
+        self._opened_at = _NEVER
+        """The lowest epoch at which a stream was opened since the last look for those that somebody else ended."""
         self._suspicious = False
         self._lost: Error | None = StoreClosed()
 
@@ -122,6 +125,7 @@ class Writer:
     def opened(self, stream: Stream, epoch: int) -> None:
         """A stream of this worker's own, opened at `epoch`: it is told when somebody else ends it."""
         self.calls.opened(stream)
+        self._opened_at = min(self._opened_at, epoch)
         # Ended already, perhaps, by whoever raised the epoch while the answer was on its way here.
         if epoch < self._identity.epoch:
             self.look_for_ended()
@@ -342,11 +346,18 @@ class Writer:
 
     async def _find_ended(self) -> None:
         """The fence refused: somebody ended streams of this worker, or the worker. Which?"""
-        ended = await self._appends.find_ended(self.calls.streams)
+        # What is opened from here on is not asked for, and may have ended before the epoch that is about to be learned.
+        self._unsure, self._opened_at = False, _NEVER
+        try:
+            ended = await self._appends.find_ended(self.calls.streams)
+        except BaseException:
+            self._unsure = True
+            raise
         if ended is None:
             self._lose(WorkerFenced())
             return
-        self._unsure = False
+        if self._opened_at < self._identity.epoch:
+            self._unsure = True
         for number in ended:
             self.ended_elsewhere(number)
 

@@ -1,0 +1,217 @@
+"""Streams of an upstream change their workers, and nothing is lost, doubled or left open (invariants 1, 8, 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from uuid import uuid4
+
+import pytest
+
+from mcp_pg_events import PostgresStore
+from mcp_pg_events.backend import OpenedSession, SessionKey, SessionUnknown, Stream
+from mcp_pg_events.errors import AppendRefused, Error
+from mcp_pg_events.finals import final_error
+from tests.support.log import (
+    NOTE,
+    RESULT,
+    VERSION,
+    assert_no_deadlocks,
+    assert_streams_are_whole,
+    open_call,
+    parts,
+    query,
+    running,
+    stored,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+async def open_relayed(store: PostgresStore) -> tuple[SessionKey, OpenedSession]:
+    """A session that an upstream calls `u`."""
+    key = SessionKey(uuid4().hex, "server", None, None)
+    opened = await store.log.open_session(
+        key, initialize="{}", protocol_version=VERSION, request_id="0", request_key="i0", limit=None, upstream="u"
+    )
+    await store.log.append(opened.stream, RESULT, final=True)
+    return key, opened
+
+
+async def relayed(store: PostgresStore, stream: Stream, *ids: bytes | None) -> None:
+    """Store an event for each id that the upstream gave."""
+    for upstream_id in ids:
+        if upstream_id is not None and stream.stored == 0:
+            await store.relayed.note_id(stream, upstream_id)
+        await (await store.log.enqueue(stream, NOTE, upstream_id=upstream_id))
+
+
+async def die(store: PostgresStore, by: PostgresStore) -> None:
+    """`store` is declared dead by another worker."""
+    assert await parts(by).finisher.end_worker(store.worker_number(), "worker_lost")
+
+
+async def test_a_dead_workers_stream_goes_on_after_the_last_event_that_it_stored(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, b"a", b"b")
+        assert await alive.relayed.claim(key, stream.number) is None, "it has a worker"
+        assert await alive.relayed.adrift([stream.number]) == []
+        await die(dead, alive)
+        assert await alive.relayed.adrift([stream.number]) == [stream.number]
+        claim = await alive.relayed.claim(key, stream.number)
+        assert claim is not None
+        assert (claim.request_id, claim.last_id, claim.fresh, claim.stream.next_seq) == (1, b"b", False, 3)
+        with pytest.raises(Error):
+            await dead.log.append(stream, NOTE)
+        await relayed(alive, claim.stream, b"c")
+        await alive.log.append(claim.stream, RESULT, final=True)
+        assert await alive.relayed.claim(key, stream.number) is None, "it has ended"
+    assert [seq for seq, _ in stored(migrated, stream.number)] == [1, 2, 3, 4]
+    assert_streams_are_whole(migrated)
+
+
+async def test_an_id_that_came_before_the_first_event_is_enough(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await dead.relayed.note_id(stream, b"priming")
+        await die(dead, alive)
+        claim = await alive.relayed.claim(key, stream.number)
+        assert claim is not None
+        assert (claim.last_id, claim.fresh, claim.stream.next_seq) == (b"priming", True, 1)
+
+
+async def test_an_event_without_an_id_is_nothing_to_go_on_from(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, b"a", None)
+        await die(dead, alive)
+        claim = await alive.relayed.claim(key, stream.number)
+        assert claim is not None
+        assert (claim.last_id, claim.stream.next_seq) == (None, 3)
+
+
+async def test_a_stream_without_ids_ends_with_its_worker_and_says_why(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, None)
+        await die(dead, alive)
+        assert await alive.relayed.adrift([stream.number]) == []
+        assert await alive.relayed.claim(key, stream.number) is None
+    seq, payload = stored(migrated, stream.number)[-1]
+    assert (seq, json.loads(payload)["error"]) == (2, final_error("upstream_lost"))
+    assert_streams_are_whole(migrated)
+
+
+async def test_a_worker_that_leaves_gives_its_streams_away_at_once(migrated: str) -> None:
+    async with running(migrated, 2) as (leaving, staying):
+        key, opened = await open_relayed(leaving)
+        standing = await leaving.relayed.claim(key, opened.standalone)
+        assert standing is not None and standing.request_id is None and standing.fresh
+        await relayed(leaving, standing.stream, b"s")
+        stream = await open_call(leaving, key)
+        await relayed(leaving, stream, b"a")
+        await leaving.relayed.release([stream, standing.stream])
+        assert parts(leaving).writer.calls.numbers() == []
+        with pytest.raises(AppendRefused):
+            await leaving.log.append(stream, NOTE)
+        for number, last in ((stream.number, b"a"), (opened.standalone, b"s")):
+            claim = await staying.relayed.claim(key, number)
+            assert claim is not None
+            assert (claim.last_id, claim.stream.next_seq) == (last, 2)
+        # And back, by the same worker.
+        await staying.relayed.release([claim.stream])
+        assert await leaving.relayed.claim(key, opened.standalone) is not None
+
+
+async def test_a_delete_ends_what_is_adrift(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, b"a")
+        await die(dead, alive)
+        await alive.log.end_session(key, "deleted")
+        assert await alive.relayed.claim(key, stream.number) is None
+        with pytest.raises(SessionUnknown):
+            await alive.relayed.find(key)
+    seq, payload = stored(migrated, stream.number)[-1]
+    assert (seq, json.loads(payload)["error"]) == (2, final_error("session_ended"))
+    assert_streams_are_whole(migrated)
+
+
+async def test_a_stranger_claims_nothing(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, _ = await open_relayed(dead)
+        other, _ = await open_relayed(dead)
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, b"a")
+        await die(dead, alive)
+        for asker in (other, SessionKey(key.session_id, "another server", None, None)):
+            assert await alive.relayed.claim(asker, stream.number) is None
+
+
+async def test_calls_that_nobody_comes_back_for_are_found(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, opened = await open_relayed(dead)
+        assert await dead.relayed.claim(key, opened.standalone) is not None
+        stream = await open_call(dead, key)
+        await relayed(dead, stream, b"a")
+        await die(dead, alive)
+        assert await alive.relayed.overdue("server", 300) == []
+        query(migrated, "UPDATE streams SET adrift_since = adrift_since - interval '301 s'")
+        assert await alive.relayed.overdue("server", 300) == [(stream.number, key.session_id)]
+        assert await alive.relayed.overdue("another server", 300) == []
+
+
+async def test_two_replicas_a_delete_and_a_death_at_once_leave_every_stream_whole(migrated: str) -> None:
+    """Whatever order they come in: one reads each stream, the other's appends are refused, and a session that has ended
+    has no open call."""
+
+    async def read(store: PostgresStore, key: SessionKey, number: int) -> bool:
+        with contextlib.suppress(Error):
+            claim = await store.relayed.claim(key, number)
+            if claim is None:
+                return False
+            await relayed(store, claim.stream, b"x", b"y")
+            await store.log.append(claim.stream, RESULT, final=True)
+            return True
+        return False
+
+    async def race(seed: int, first: PostgresStore, second: PostgresStore) -> None:
+        rng = random.Random(seed)
+        key, _ = await open_relayed(first)
+        streams = [await open_call(first, key, number) for number in range(1, 4)]
+        for stream in streams:
+            await relayed(first, stream, b"a")
+        await first.relayed.release(streams)
+        work = [read(store, key, stream.number) for stream in streams for store in (first, second)]
+        rng.shuffle(work)
+
+        async def delete() -> None:
+            await asyncio.sleep(rng.uniform(0, 0.02))
+            await second.log.end_session(key, "deleted")
+
+        *won, _ = await asyncio.gather(*work, delete())
+        assert sum(map(bool, won)) <= len(streams)
+
+    async with running(migrated, 3) as (first, second, third):
+        for start in range(0, 36, 6):
+            await asyncio.gather(*(race(seed, first, second) for seed in range(start, start + 6)))
+        # One of them dies in the middle of it; what it had is adrift or ended, and no stream is read twice.
+        racing = asyncio.gather(*(race(seed, first, second) for seed in range(60, 70)), return_exceptions=True)
+        await asyncio.sleep(0.01)
+        await die(first, third)
+        await racing
+    assert_streams_are_whole(migrated)
+    assert_no_deadlocks(migrated)
+    open_calls = """
+        SELECT count(*) FROM streams t JOIN sessions s ON s.id = t.session_id
+         WHERE s.ended_at IS NOT NULL AND t.final_seq IS NULL
+    """
+    assert query(migrated, open_calls) == [(0,)]
