@@ -174,7 +174,7 @@ def show(session_id: SessionId, dsn: Dsn = None, schema: Schema = None, as_json:
 
 
 def _facts(found: Details) -> Iterator[str]:
-    from ..operator.text import plain
+    from ..operator.text import plain, shortened
 
     kept = "not added up within 5 s"
     if found.events is not None and found.bytes is not None:
@@ -183,7 +183,7 @@ def _facts(found: Details) -> Iterator[str]:
         "session": plain(found.id),
         "server": plain(found.server),
         "owner": plain(found.owner) if found.owner is not None else "none",
-        "client": plain(found.client) if found.client is not None else "unknown",
+        "client": shortened(found.client, 200) if found.client is not None else "unknown",
         "protocol": plain(found.protocol_version or "unknown"),
         "log level": plain(found.log_level or "not set"),
         "subscriptions": str(found.subscriptions),

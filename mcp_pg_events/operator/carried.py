@@ -23,6 +23,10 @@ VERSION: Final = 1
 NUMBERS: Final = 2**53
 """Bound of a stream's number: a sequence that was raised near its end would stop a server."""
 
+EARLIEST: Final = datetime(2020, 1, 1, tzinfo=UTC)
+LATEST: Final = datetime(2200, 1, 1, tzinfo=UTC)
+"""Bounds of a time, so that none lies where dates cannot be reckoned with."""
+
 _TEXT: Final = (str,)
 _OPTIONAL: Final = (str, type(None))
 FIELDS: Final[dict[str, dict[str, tuple[type, ...]]]] = {
@@ -138,6 +142,8 @@ def _value(number: int, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
             if value.utcoffset() is None:
                 raise ValueError
             value = value.astimezone(UTC)
+            if not EARLIEST <= value < LATEST:
+                raise ValueError
         if isinstance(value, bool) != (bool in kinds) or not isinstance(value, kinds):
             raise ValueError
         if isinstance(value, int) and not 0 <= value < NUMBERS:

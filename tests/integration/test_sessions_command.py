@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import sql
 
@@ -220,6 +223,23 @@ def test_a_schema_may_have_any_name(migrated: str) -> None:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def listening(dsn: str, *workers: int) -> Iterator[Callable[[int], list[str]]]:
+    """What is sent to workers: a function gives what one of them has been sent until now."""
+    [(oid,)] = query(dsn, "SELECT 'mcp_events'::regnamespace::oid::bigint")
+    heard: dict[str, list[str]] = {f"mcp_pg_events_{oid}_{worker}": [] for worker in workers}
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for channel in heard:
+            connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+
+        def until_now(worker: int) -> list[str]:
+            for note in connection.notifies(timeout=0.5):
+                heard[note.channel].append(note.payload)
+            return heard[f"mcp_pg_events_{oid}_{worker}"]
+
+        yield until_now
+
+
 def test_an_end_gives_calls_their_final_and_tells_workers_and_readers(migrated: str) -> None:
     async def story() -> None:
         async with running(migrated, 2) as (store, other):
@@ -227,14 +247,12 @@ def test_an_end_gives_calls_their_final_and_tells_workers_and_readers(migrated: 
             call = await open_call(store, key)
             await store.log.append(call, NOTE)
             held = await other.log.attach(key, call.number, 1, patience=5)
-            reader = other.hub.subscribe(call.number, key.session_id, held.generation)
-            reader.take()
-            waiting = asyncio.create_task(reader.wait(60))
-            await asyncio.sleep(0)
-            ran = sessions(migrated, "end", key.session_id, "--json")
-            assert (ran.code, json.loads(ran.out)) == (0, {"ended": True, "calls": 1})
-            async with asyncio.timeout(3):  # below the interval at which readers poll
-                await waiting
+            with listening(migrated, store.worker_number(), other.worker_number()) as heard:
+                ran = sessions(migrated, "end", key.session_id, "--json")
+                assert (ran.code, json.loads(ran.out)) == (0, {"ended": True, "calls": 1})
+                assert f"s{call.number}" in heard(other.worker_number()), "the reader's worker"
+                for each in (store, other):
+                    assert f"e{key.session_id}" in heard(each.worker_number())
             page = await other.log.read(call.number, 1, held.bound)
             assert page.ended
             assert json.loads(page.events[0].payload)["error"]["data"] == {"reason": "session_ended"}

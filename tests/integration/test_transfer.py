@@ -179,6 +179,8 @@ async def test_a_file_that_is_cut_anywhere_changes_nothing(migrated: str, other:
         (1, {"number": True}, "has a number that cannot be"),
         (1, {"floor": -1}, "has a floor that cannot be"),
         (1, {"created_at": "2026-01-01"}, "has a created_at that cannot be"),
+        (1, {"created_at": "0001-01-01T00:00:00+00:00"}, "has a created_at that cannot be"),
+        (-2, {"created_at": "9999-12-31T23:59:59+00:00"}, "has a created_at that cannot be"),
         (1, {"method": "a\0b"}, "has a method that cannot be"),
         (1, {"method": "\ud800"}, "has a method that cannot be"),
         (1, {"more": 1}, "other fields than the stream"),

@@ -82,10 +82,12 @@ CALLS_OF_SESSION: Final[LiteralString] = (
     + " WHERE t.session_id = %(session)s AND t.final_seq IS NULL AND t.request_key IS NOT NULL"
     + " ORDER BY t.number LIMIT %(limit)s"
 )
+# An array and no join, for which a whole partition would be read.
 SIZE_OF_SESSION: Final[LiteralString] = """
-    SELECT count(*) AS events, coalesce(sum(octet_length(e.payload)), 0)::bigint AS bytes, max(e.created_at) AS newest
-      FROM {s}.streams t JOIN {s}.events e ON e.stream = t.number AND e.created_at >= %(bound)s
-     WHERE t.session_id = %(session)s
+    SELECT count(*) AS events, coalesce(sum(octet_length(payload)), 0)::bigint AS bytes
+      FROM {s}.events
+     WHERE stream = ANY(ARRAY(SELECT number FROM {s}.streams WHERE session_id = %(session)s))
+       AND created_at >= %(bound)s
 """
 
 # --- ending and purging -----------------------------------------------------------------------------------------------

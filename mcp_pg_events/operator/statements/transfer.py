@@ -35,14 +35,13 @@ EXPORT_STREAMS: Final[LiteralString] = """
       FROM {s}.streams WHERE session_id = %(session)s ORDER BY number
 """
 EXPORT_EVENTS: Final[LiteralString] = """
-    SELECT e.stream, e.seq, e.created_at, e.origin, e.upstream_id, e.payload
-      FROM {s}.streams t JOIN {s}.events e ON e.stream = t.number
-     WHERE t.session_id = %(session)s ORDER BY e.stream, e.seq
+    SELECT stream, seq, created_at, origin, upstream_id, payload FROM {s}.events
+     WHERE stream = ANY(ARRAY(SELECT number FROM {s}.streams WHERE session_id = %(session)s)) ORDER BY stream, seq
 """
 EXPORT_COUNTS: Final[LiteralString] = """
     SELECT (SELECT count(*) FROM {s}.streams WHERE session_id = %(session)s) AS streams,
-           (SELECT count(*) FROM {s}.streams t JOIN {s}.events e ON e.stream = t.number
-             WHERE t.session_id = %(session)s) AS events
+           (SELECT count(*) FROM {s}.events
+             WHERE stream = ANY(ARRAY(SELECT number FROM {s}.streams WHERE session_id = %(session)s))) AS events
 """
 # Where the lines of a file wait until they are complete, and found to be in order.
 CARRIED: Final[LiteralString] = """
