@@ -72,6 +72,8 @@ def run(bench: Bench, report: Report) -> None:
         began = time.perf_counter()
         fill(dsn, events)
         print(f"(filled in {time.perf_counter() - began:.0f} s)", flush=True)
+        with open_desk(dsn, "mcp_events", "benchmark") as desk:
+            _hundredth_page(desk)  # which has to find its place first
         for name, words, work in _commands():
             with open_desk(dsn, "mcp_events", "benchmark") as desk:
                 taken = sorted(_milliseconds(partial(work, desk)) for _ in range(TIMES))
