@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from typing import LiteralString
 
 import psycopg
 import pytest
+from psycopg import sql
+from psycopg.rows import tuple_row
 
 from mcp_pg_events import migrate
 from mcp_pg_events.operator.desk import Desk, open_desk
 from mcp_pg_events.operator.sessions import Filter, listing, page
+from mcp_pg_events.operator.statements.sessions import ERASE_EVENTS, SIZE_OF_SESSION
+from mcp_pg_events.operator.statements.tail import TAIL_EVENTS
+from mcp_pg_events.operator.statements.transfer import EXPORT_COUNTS, EXPORT_EVENTS
 from tests.support.command import mcp_pg_events
 from tests.support.log import query
 
@@ -52,8 +58,8 @@ def full(migrated_once: str) -> str:
 
 def plan_of(desk: Desk, wanted: Filter, after: str | None) -> str:
     statement, values = listing(desk, wanted, limit=50, after=after)
-    with desk.connection.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
-        cursor.execute(psycopg.sql.SQL("EXPLAIN (ANALYZE, TIMING off) ") + statement, values)
+    with desk.connection.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute(sql.SQL("EXPLAIN (ANALYZE, TIMING off) ") + statement, values)
         return "\n".join(line for (line,) in cursor.fetchall())
 
 
@@ -87,6 +93,29 @@ def test_a_page_reads_what_it_shows_and_little_more(
     read = [int(n) for n in re.findall(r"(?:sessions s|on sessions_\w+).*\(actual rows=(\d+)", explained)]
     removed = [int(n) for n in re.findall(r"Rows Removed by (?:Filter|Join Filter): (\d+)", explained)]
     assert sum(removed) + max(read) <= rows, explained
+
+
+@pytest.mark.parametrize("statement", [SIZE_OF_SESSION, TAIL_EVENTS, EXPORT_EVENTS, EXPORT_COUNTS, ERASE_EVENTS])
+def test_events_of_a_session_are_found_by_their_streams(full: str, statement: LiteralString) -> None:
+    query(full, "DELETE FROM events")
+    query(
+        full,
+        "INSERT INTO events (stream, seq, payload) "
+        "SELECT number, seq, repeat('x', 100) FROM streams, generate_series(1, 20) seq WHERE number % 3 = 0",
+    )
+    query(full, "ANALYZE events")
+    [(session,)] = query(full, "SELECT session_id FROM streams WHERE number % 3 = 0 LIMIT 1")
+    streams = [number for (number,) in query(full, "SELECT number FROM streams WHERE session_id = %s", session)]
+    values = {
+        **{"session": session, "streams": streams, "after": [0] * len(streams)},
+        **{"bound": NOON, "limit": 100, "bytes": 10000, "characters": 100},
+    }
+    with open_desk(full, "mcp_events", "test") as desk, desk.connection.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute(sql.SQL("EXPLAIN ") + desk.composed(statement), values)
+        explained = "\n".join(line for (line,) in cursor.fetchall())
+    [(partition,)] = query(full, "SELECT DISTINCT tableoid::regclass::text FROM events")
+    assert partition in explained
+    assert f"Seq Scan on {partition}" not in explained, explained
 
 
 def test_the_migration_gives_up_soon_where_somebody_works_with_sessions(
