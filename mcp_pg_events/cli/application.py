@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -113,6 +114,7 @@ def with_health(app: Application, plan: Plan) -> Application:
     store = store_of(app)
     assert store is not None
     routes = {route.path: route.handle for route in health_routes(store, live=plan.live_path, ready=plan.ready_path)}
+    settle()
 
     async def behind(
         scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -121,6 +123,13 @@ def with_health(app: Application, plan: Plan) -> Application:
         await (app if handle is None else handle)(scope, receive, send)
 
     return behind if routes else app
+
+
+def settle() -> None:
+    """All is imported and made: the garbage collector leaves it alone from here on. A full collection holds up every
+    stream of the worker, and most of what it would look through is code."""
+    gc.collect()
+    gc.freeze()
 
 
 async def rehearse(store: PostgresStore) -> None:

@@ -6,6 +6,7 @@ Each peer is wired as its own documentation says. `bare-sse` is Starlette alone,
 # No `from __future__ import annotations`: the SDK reads the tools' annotations.
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -130,3 +131,6 @@ def make(subject: str, dsn: str) -> Any:
 if (chosen := os.environ.get("BENCHMARK_SUBJECT")) is not None:
     assert chosen in (OURS, PERSIST, PERSIST_SQLITE, BARE, MEMORY, BARE_SSE), chosen
     app = make(chosen, os.environ.get("BENCHMARK_DSN", ""))
+    # For every subject, as `mcp-pg-events serve` does.
+    gc.collect()
+    gc.freeze()
