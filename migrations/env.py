@@ -62,6 +62,9 @@ def migrate(target: Target, connection: Connection | None) -> None:
                 context.execute(verbatim(f"COMMENT ON SCHEMA {schema} IS 'mcp_pg_events'"))
         # pg_temp is named, and last, because ensure_partitions keeps this path and runs with its owner's rights.
         context.execute(verbatim(f"SET LOCAL search_path = {schema}, pg_temp"))
+        if connection is not None and not reads_only and "" < max(running.get_current_heads(), default="") < "0007":
+            # The step to 0007 changes it when others have locked streams; a worker's append locks it before them.
+            context.execute("LOCK TABLE ONLY events IN ACCESS EXCLUSIVE MODE")
         context.run_migrations()
         if connection is not None and not reads_only:
             reached_base = not running.get_current_heads()
