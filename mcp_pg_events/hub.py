@@ -37,6 +37,7 @@ class Subscription:
         "generation",
         "on_end",
         "resumable",
+        "retry",
         "session_id",
         "stream",
     )
@@ -50,6 +51,8 @@ class Subscription:
         self.behind = False
         self.end_reason: EndReason | None = None
         self.on_end: Callable[[], None] | None = None
+        self.retry: int | None = None
+        """The reconnection time (milliseconds) that its client is told at the end, where that is another than usual."""
         self._bytes = 0
         self._changed: asyncio.Future[None] | None = None
         self._postponed = False
@@ -187,10 +190,11 @@ class Hub:
         if subscription is not None and subscription.generation < generation:
             subscription.end("superseded")
 
-    def end_stream(self, stream: int, reason: EndReason) -> bool:
-        """End the response that reads this stream; False when it is not read here."""
+    def end_stream(self, stream: int, reason: EndReason, *, retry: int | None = None) -> bool:
+        """End the response that reads this stream; False when it is not read here. `retry` as in the subscription."""
         if (subscription := self._subscriptions.get(stream)) is None:
             return False
+        subscription.retry = retry
         subscription.end(reason)
         return True
 

@@ -108,7 +108,8 @@ class SSEReader:
                 self.complete = subscription.end_reason == "superseded"
                 if self._primes and not self.complete:
                     # The cursor and the hint once more, for whom the server sends away.
-                    await self._send(send, sse.priming_frame(self._stream, self.position, options.retry))
+                    retry = options.retry if subscription.retry is None else subscription.retry
+                    await self._send(send, sse.priming_frame(self._stream, self.position, retry))
                 return
             if subscription.behind:
                 last_read = clock()

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pydantic_core
 from mcp_types import RequestId
+from mcp_types.version import is_version_at_least
 
 from ..backend import SessionKey, Stream
 from ..errors import AppendRefused, Error
 from ..finals import final_error
 from ..ids import request_key
 from ..relayed import RelayedSession
-from ..session import REQUEST_CANCELLED
+from ..session import REQUEST_CANCELLED, RESUMABLE_SINCE
 from .event_stream import EventStream, EventTooLarge, ServerSentEvent
 from .messages import one_line
 from .upstream import EVENT_STREAM, Reply, Upstream, UpstreamFailed
@@ -197,6 +198,7 @@ class Relay:
                             silence.reschedule(clock() + SILENCE)
                     if self._ended:
                         return
+            await self._mirror_close(events.retry)
         except TimeoutError:
             futile = False
             logger.debug("Session %s: a resumed stream is silent, so it is resumed again", self.key.session_id)
@@ -211,6 +213,16 @@ class Relay:
         self._futile = self._futile + 1 if futile else 0
         if self._futile >= FUTILE and self._request_id is not None:
             raise _Lost("it ends connections without a word")
+
+    async def _mirror_close(self, retry: float | None) -> None:
+        """The upstream has ended its response before the call is over, and wants to be asked again (SEP-1699): so does
+        this proxy, with the same hint, where the client's revision knows of it."""
+        if self.standalone or self._cancelled or not self.resumable:
+            return
+        if is_version_at_least(self._session.protocol_version, RESUMABLE_SINCE):
+            hint = None if retry is None else int(retry * 1000)
+            if not self._store.hub.end_stream(self.stream.number, "closed", retry=hint):
+                await self._log.close_reader(self.stream.number)
 
     async def _ask(self) -> Reply:
         """A connection that goes on after the last event that is stored. Asked for again where that may help."""

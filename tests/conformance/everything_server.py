@@ -24,6 +24,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.shared.exceptions import MCPDeprecationWarning
 
 from tests.conformance import modern_features
+from tests.support.memory_events import MemoryEventStore
 
 # Logging and sampling are deprecated in 2026-07-28. Here they serve clients of earlier revisions.
 warnings.filterwarnings("ignore", category=MCPDeprecationWarning)
@@ -315,7 +316,8 @@ for method, params in (
     server._lowlevel_server.add_request_handler(method, params, accept)
 
 
-app = server.streamable_http_app(retry_interval=RETRY_INTERVAL)
+events = MemoryEventStore() if os.environ.get("EVERYTHING_EVENT_IDS") else None
+app = server.streamable_http_app(retry_interval=RETRY_INTERVAL, event_store=events)
 if (dsn := os.environ.get("MCP_PG_EVENTS_DSN")) and os.environ.get("TEST_DURABLE") != "0":
     from mcp_pg_events import durable
 

@@ -7,8 +7,12 @@ import os
 
 from mcp_pg_events.proxy import relays
 from mcp_pg_events.proxy.http import proxy_app
+from mcp_pg_events.proxy.stdio import loopback_security
 from tests.servers.common import OPTIONS
 
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
 relays.LINGER = OPTIONS.get("linger", relays.LINGER)
-app = proxy_app(os.environ["TEST_UPSTREAM"], os.environ["MCP_PG_EVENTS_DSN"], **OPTIONS.get("proxy", {}))
+options = dict(OPTIONS.get("proxy", {}))
+if OPTIONS.get("loopback"):
+    options["security"] = loopback_security()
+app = proxy_app(os.environ["TEST_UPSTREAM"], os.environ["MCP_PG_EVENTS_DSN"], **options)
