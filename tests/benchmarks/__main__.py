@@ -15,7 +15,7 @@ from tests.benchmarks.figures import Report
 
 NAMES = (
     *("storing", "latency", "calls", "flatout", "replay", "growth", "idle", "scaling", "startup", "observing"),
-    *("retention", "sizing", "operating"),
+    *("retention", "sizing", "operating", "proxy"),
 )
 
 

@@ -6,6 +6,7 @@ Each peer is wired as its own documentation says. `bare-sse` is Starlette alone,
 # No `from __future__ import annotations`: the SDK reads the tools' annotations.
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -19,7 +20,15 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from tests.benchmarks.figures import BARE, MEMORY, OURS, PERSIST, PERSIST_SQLITE
+from tests.benchmarks.figures import (
+    BARE,
+    MEMORY,
+    OURS,
+    PERSIST,
+    PERSIST_PROXY,
+    PERSIST_SQLITE,
+    PROXY,
+)
 from tests.support.memory_events import MemoryEventStore
 
 BARE_SSE = "bare Starlette SSE"
@@ -80,8 +89,37 @@ async def _idle(request: Request) -> StreamingResponse:
     return StreamingResponse(nothing(), media_type="text/event-stream")
 
 
+def _persists_proxy(upstream: str, dsn: str) -> Any:
+    """mcp-persist's proxy, made in the app's lifespan, as its own command does."""
+    from mcp_persist import PersistenceProxy
+
+    running: dict[str, PersistenceProxy] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with PersistenceProxy.create(upstream, backend="postgres", url=dsn, ttl=3600) as proxy:
+            running["proxy"] = proxy
+            yield
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await running["proxy"](scope, receive, send)
+
+    outer = Starlette(lifespan=lifespan)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (outer if scope["type"] == "lifespan" else serve)(scope, receive, send)
+
+    return app
+
+
 def make(subject: str, dsn: str) -> Any:
     """The ASGI app of a subject."""
+    if subject == PROXY:
+        from mcp_pg_events.proxy.http import proxy_app
+
+        return proxy_app(f"{os.environ['BENCHMARK_UPSTREAM']}/mcp", dsn)
+    if subject == PERSIST_PROXY:
+        return _persists_proxy(os.environ["BENCHMARK_UPSTREAM"], dsn)
     if subject == OURS:
         from mcp_pg_events import durable
 
@@ -98,7 +136,7 @@ def make(subject: str, dsn: str) -> Any:
 
 
 if (chosen := os.environ.get("BENCHMARK_SUBJECT")) is not None:
-    assert chosen in (OURS, PERSIST, PERSIST_SQLITE, BARE, MEMORY, BARE_SSE), chosen
+    assert chosen in (OURS, PERSIST, PERSIST_SQLITE, BARE, MEMORY, BARE_SSE, PROXY, PERSIST_PROXY), chosen
     app = make(chosen, os.environ.get("BENCHMARK_DSN", ""))
     # For every subject, as `mcp-pg-events serve` does.
     gc.collect()

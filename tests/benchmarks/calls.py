@@ -38,18 +38,18 @@ def run(bench: Bench, report: Report) -> None:
         for turn in range(bench.rounds):
             for count in counts:
                 for subject in rotated(subjects, turn):
-                    report.add(_case(count), subject, **drive(wrk, running[subject], count, seconds))
+                    report.add(case(count), subject, **drive(wrk, running[subject], count, seconds))
     for count in counts:
-        ours = (_case(count), OURS, "rate_per_s")
+        ours = (case(count), OURS, "rate_per_s")
         asked = (0.95, 1.7) if count == 16 else (0.0, 0.0)
         for other, target in zip((MEMORY, PERSIST), asked, strict=True):
             if target:
-                against = (_case(count), other, "rate_per_s")
-                report.compare(f"rate, {_case(count)}, against {other}", ours, against, "at least", target)
+                against = (case(count), other, "rate_per_s")
+                report.compare(f"rate, {case(count)}, against {other}", ours, against, "at least", target)
     report.charts.append(Chart("Tool calls per second", "rate_per_s"))
 
 
-def _case(count: int) -> str:
+def case(count: int) -> str:
     return f"{count} connection{'s' * (count > 1)}"
 
 

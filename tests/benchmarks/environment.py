@@ -205,12 +205,12 @@ def _stat(pid: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def workers(subject: str, dsn: str, count: int = 1) -> Iterator[list[Worker]]:
-    """`count` processes of a subject on one database, ready to serve."""
+def workers(subject: str, dsn: str, count: int = 1, *, upstream: str = "") -> Iterator[list[Worker]]:
+    """`count` processes of a subject on one database, ready to serve; a proxy before `upstream`."""
     with tempfile.TemporaryDirectory(prefix="workers-") as made, contextlib.ExitStack() as stack:
         started = []
         for number in range(count):
-            worker = _spawn(subject, dsn, Path(made), number)
+            worker = _spawn(subject, dsn, Path(made), number, upstream)
             stack.callback(_stop, worker)
             started.append(worker)
         for worker in started:
@@ -218,9 +218,14 @@ def workers(subject: str, dsn: str, count: int = 1) -> Iterator[list[Worker]]:
         yield started
 
 
-def _spawn(subject: str, dsn: str, directory: Path, number: int) -> Worker:
+def _spawn(subject: str, dsn: str, directory: Path, number: int, upstream: str) -> Worker:
     port, log = free_port(), directory / f"{number}.log"
-    environment = {"BENCHMARK_SUBJECT": subject, "BENCHMARK_DSN": dsn, "BENCHMARK_DIRECTORY": str(directory)}
+    environment = {
+        "BENCHMARK_SUBJECT": subject,
+        "BENCHMARK_DSN": dsn,
+        "BENCHMARK_DIRECTORY": str(directory),
+        "BENCHMARK_UPSTREAM": upstream,
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [

@@ -17,6 +17,8 @@ PERSIST_SQLITE = "mcp-persist, SQLite"
 FASTMCP = "FastMCP's event store, memory"
 BARE = "SDK, no event store"
 MEMORY = "SDK, events in memory"
+PROXY = "mcp_pg_events' proxy"
+PERSIST_PROXY = "mcp-persist's proxy, PostgreSQL"
 
 Key = tuple[str, str, str]
 """Case, subject, metric."""
