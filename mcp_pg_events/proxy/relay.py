@@ -102,6 +102,7 @@ class Relay:
         self._retry = RETRY
         self._cancelled = False
         self._ended = False
+        self._answered = False
         self._noise = False
         self._futile = 0
         self._reply: Reply | None = None
@@ -197,6 +198,8 @@ class Relay:
                         if resumed:
                             silence.reschedule(clock() + SILENCE)
                     if self._ended:
+                        if self._answered:
+                            await reply.finish()
                         return
             await self._mirror_close(events.retry)
         except TimeoutError:
@@ -298,7 +301,7 @@ class Relay:
                     await self._note(event.id, needed=True)
                 stored.append(await self._log.enqueue(self.stream, payload, final=final, upstream_id=event.id))
                 if final:
-                    self._ended = True
+                    self._ended = self._answered = True
             for done in stored:
                 await done
 

@@ -28,6 +28,8 @@ CONNECT_TIMEOUT: Final = 10.0
 KEEP_ALIVE: Final = 3.0
 """How long (seconds) an unused connection is kept: less than the 5 s after which uvicorn and Node close theirs."""
 READ: Final = 256 * 1024
+FINISH: Final = 0.5
+"""How long (seconds) the end of an answer may take that is of no more interest."""
 
 _HOP_BY_HOP: Final = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
@@ -125,6 +127,20 @@ class Reply:
         finally:
             self.close()
         return b"".join(parts)
+
+    async def finish(self) -> None:
+        """Read what is left of it, if that is little and comes at once: its connection then serves other requests."""
+        size = 0
+        try:
+            async with asyncio.timeout(FINISH):
+                async for chunk in self.chunks():
+                    size += len(chunk)
+                    if size > READ:
+                        break
+        except (TimeoutError, UpstreamFailed):
+            pass
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Read no more of it. A body that was read to its end leaves its connection for others."""
