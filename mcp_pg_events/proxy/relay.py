@@ -201,7 +201,8 @@ class Relay:
                         if self._answered:
                             await reply.finish()
                         return
-            await self._mirror_close(events.retry)
+            if not futile:
+                await self._mirror_close(events.retry)
         except TimeoutError:
             futile = False
             logger.debug("Session %s: a resumed stream is silent, so it is resumed again", self.key.session_id)

@@ -61,7 +61,9 @@ def forwarded_headers(request: Request) -> dict[str, str]:
             )
     client = request.client.host if request.client else "unknown"
     before = headers.get("x-forwarded-for")
-    headers["x-forwarded-for"] = client if before is None else f"{before}, {client}"
+    # The ASGI server may have taken the client from there, where it trusts the one who said so.
+    if before is None or before.rpartition(",")[2].strip() != client:
+        headers["x-forwarded-for"] = client if before is None else f"{before}, {client}"
     headers.setdefault("x-forwarded-proto", request.url.scheme)
     if (host := request.headers.get("host")) is not None:
         headers.setdefault("x-forwarded-host", host)

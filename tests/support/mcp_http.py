@@ -188,7 +188,8 @@ async def request(
         lines.setdefault("Content-Type", "application/json")
         if "Transfer-Encoding" not in lines:
             lines["Content-Length"] = str(len(payload))
-    head = f"{method} {parts.path or '/'} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
     sock = socket.socket()
     sock.setblocking(False)
     if receive_buffer is not None:
