@@ -250,7 +250,8 @@ def _serve(plan: ProxyPlan, settings: Settings, host: str, port: int, workers: i
         typer.echo(
             f"Serving {plan.shown} with {count} at http://{shown(listener)}{plan.path} (Ctrl-C ends it)", err=True
         )
-        run(plan.app(), FACTORY, listener, workers, log_level)
+        # A credential may be in the query of a URL.
+        run(plan.app(), FACTORY, listener, workers, log_level, access_log=not isinstance(plan, UpstreamPlan))
 
 
 def _examine(plan: ProxyPlan) -> None:

@@ -33,34 +33,47 @@ _GRACE = 10
 _HEALTH_CHECK = 15
 
 
-def run(app: Application, factory: str, listener: socket.socket, workers: int, log_level: LogLevel) -> None:
+def run(
+    app: Application,
+    factory: str,
+    listener: socket.socket,
+    workers: int,
+    log_level: LogLevel,
+    *,
+    access_log: bool = True,
+) -> None:
     """Serve until a signal: `app` here, or what `factory` (an import string) makes in each of several workers.
+
+    The access log has the URL of each request, with its query.
 
     Raises:
         Error: a worker failed to start.
     """
     started = (
-        _run_workers(factory, listener, workers, log_level) if workers > 1 else _run_here(app, listener, log_level)
+        _run_workers(factory, listener, workers, log_level, access_log)
+        if workers > 1
+        else _run_here(app, listener, log_level, access_log)
     )
     if not started:
         raise Error("A worker could not start; its log is above.")
 
 
-def _run_workers(factory: str, listener: socket.socket, workers: int, log_level: LogLevel) -> bool:
+def _run_workers(factory: str, listener: socket.socket, workers: int, log_level: LogLevel, access_log: bool) -> bool:
     config = _config(
         factory,
         log_level,
         workers=workers,
         factory=True,
         timeout_worker_healthcheck=_HEALTH_CHECK,
+        access_log=access_log,
     )
     supervisor = Multiprocess(config, sockets=[listener])
     supervisor.run()
     return all(process.exitcode != STARTUP_FAILURE for process in supervisor.processes)
 
 
-def _run_here(app: Application, listener: socket.socket, log_level: LogLevel) -> bool:
-    server = uvicorn.Server(_config(app, log_level))
+def _run_here(app: Application, listener: socket.socket, log_level: LogLevel, access_log: bool) -> bool:
+    server = uvicorn.Server(_config(app, log_level, access_log=access_log))
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:

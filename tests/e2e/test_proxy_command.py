@@ -48,11 +48,12 @@ async def test_two_workers_serve_an_upstream_and_say_what_it_lacks(
 ) -> None:
     proxied = proxy("--dsn", migrated, "--workers", "2", "--upstream", f"{upstream[0].url}/mcp")
     url = await url_of(proxied)
-    session = await Session.initialize(url)
+    session = await Session.initialize(url, path="/mcp?key=secret")
     for _ in range(8):
         assert await session.call_result("echo", {"text": "on"}) == "on"
     assert (await (await request("GET", f"{url}/readyz")).json()) == {"status": "ready"}
     assert "They have no ids" in proxied.log.read_text()
+    assert "secret" not in proxied.log.read_text()
     proxied.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(proxied.process.wait, 20) == 0
 

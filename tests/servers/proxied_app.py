@@ -10,7 +10,7 @@ from mcp_pg_events.proxy.http import proxy_app
 from mcp_pg_events.proxy.stdio import loopback_security
 from tests.servers.common import OPTIONS
 
-logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+logging.basicConfig(level=OPTIONS.get("log_level", "INFO"), format="%(levelname)s %(name)s %(message)s")
 relays.LINGER = OPTIONS.get("linger", relays.LINGER)
 options = dict(OPTIONS.get("proxy", {}))
 if OPTIONS.get("loopback"):
