@@ -24,6 +24,7 @@ from tests.support.tools import missing_tool, require_tool
 LOCK = Path(__file__).parents[1] / "conformance" / "package-lock.json"
 NODE_VERSION = "22.23.3"
 EVERYTHING_VERSION = "2026.8.31"
+ESBUILD_VERSION = "0.25.12"
 INSTALL_TIMEOUT = 240.0
 """Seconds that npm may take for one installation; from an empty cache both took 25 s together."""
 
@@ -55,6 +56,22 @@ def install_everything() -> list[str]:
     package = "@modelcontextprotocol/server-everything"
     folder = _installed(npm, f"everything-{EVERYTHING_VERSION}", ["install", f"{package}@{EVERYTHING_VERSION}"], [])
     return [_recent_node() or _node_from_npm(npm), str(folder / "node_modules" / package / "dist/index.js")]
+
+
+def bundle(node: Node, script: Path) -> bytes:
+    """A module with all that it imports, for a browser, by esbuild."""
+    npm = require_tool("npm", "install Node.js 22 or newer with npm, or Debian's package npm.")
+    package = f"esbuild@{ESBUILD_VERSION}"
+    folder = _installed(npm, f"esbuild-{ESBUILD_VERSION}", ["install", package], [])
+    command = [
+        *(node.binary, str(folder / "node_modules/esbuild/bin/esbuild"), str(script), "--bundle", "--format=esm"),
+        *("--platform=browser", "--target=es2022", "--log-level=warning"),
+    ]
+    # The script's imports are found in the folder of the packages, wherever the script itself is.
+    environment = {**os.environ, "NODE_PATH": str(node.folder / "node_modules")}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]
+    return done.stdout
 
 
 def _recent_node() -> str | None:
