@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from . import telemetry
+from . import sse, telemetry
 from .answers import Answer, cursor_error, error_response
 from .backend import Attachment, CursorRejected, RequestInFlight, SessionKey, SessionUnknown, Stream
 from .errors import DatabaseRefused, DatabaseUnavailable, Error
@@ -52,6 +52,16 @@ def session_id_of(request: Request) -> str:
     if _SESSION_ID_PATTERN.fullmatch(session_id) is None:
         raise SessionUnknown
     return session_id
+
+
+def _headers(subscription: Subscription) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", b"text/event-stream"),
+        (b"cache-control", b"no-cache, no-transform"),
+        (b"connection", b"keep-alive"),
+        (b"x-accel-buffering", b"no"),
+        (SESSION_ID.encode(), subscription.session_id.encode()),
+    ]
 
 
 class Responses:
@@ -89,9 +99,19 @@ class Responses:
             logger.debug("A client went before its request was whole")
 
     async def respond(
-        self, stream: Stream, version: str, subscription: Subscription, receive: Receive, send: Send
+        self,
+        stream: Stream,
+        version: str,
+        subscription: Subscription,
+        receive: Receive,
+        send: Send,
+        *,
+        patience: float = 0.0,
     ) -> None:
-        """Answer a request with the stream that was opened for it."""
+        """Answer a request with the stream that was opened for it. `patience` is for how long (seconds) the response
+        may wait for the call's end, to be sent in one piece with it."""
+        if patience and await self._respond_at_once(subscription, version, send, patience):
+            return
         bound = self._log.bound_of(stream)
         if not self._json_response:
             primes = self.primes(version)
@@ -106,6 +126,23 @@ class Responses:
             raise Answer(error_response(500, "Session terminated before the request completed", INTERNAL_ERROR))
         headers = {SESSION_ID: stream.session_id}
         raise Answer(Response(payload, media_type="application/json", headers=headers))
+
+    async def _respond_at_once(self, subscription: Subscription, version: str, send: Send, patience: float) -> bool:
+        """Send the whole stream, if its end is the first that comes, and comes soon; whether it was."""
+        await subscription.wait(patience)
+        events = subscription.events
+        if subscription.behind or subscription.end_reason is not None or len(events) != 1 or not events[0].final:
+            return False
+        [event] = subscription.take()
+        self._hub.unsubscribe(subscription)
+        body = sse.frame(subscription.stream, event.seq, event.payload)
+        if self.primes(version):
+            body = sse.priming_frame(subscription.stream, 0, self._reader.retry) + body
+        headers = [*_headers(subscription), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        telemetry.delivered(asyncio.get_running_loop().time() - event.since)
+        return True
 
     def primes(self, protocol_version: str) -> bool:
         """Whether a POST's response begins with an event that its client can resume from (2025-11-25 and later)."""
@@ -158,15 +195,8 @@ class Responses:
                 await asyncio.sleep(0.25)
 
     async def _run_reader(self, reader: SSEReader, subscription: Subscription, receive: Receive, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream"),
-            (b"cache-control", b"no-cache, no-transform"),
-            (b"connection", b"keep-alive"),
-            (b"x-accel-buffering", b"no"),
-            (SESSION_ID.encode(), subscription.session_id.encode()),
-        ]
         try:
-            await reader.respond(receive, send, headers)
+            await reader.respond(receive, send, _headers(subscription))
         finally:
             self._hub.unsubscribe(subscription)
             if not reader.complete:

@@ -44,6 +44,9 @@ __all__ = ["ProxyEndpoint", "ProxyOptions"]
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE: Final = 0.03
+"""For how long (seconds) the beginning of a response waits for an answer that comes at once, to be sent in one piece
+with it. Its client has waited for the upstream already, without an id."""
 BODY_TIMEOUT: Final = 60.0
 """How long (seconds) the body of an answer may take that is no stream."""
 STANDALONE_PAUSE: Final = 0.25
@@ -144,7 +147,9 @@ class ProxyEndpoint:
                 self._relays.read(key, session, stream, message.id, asker, reply)
                 answered = True
                 with self._relays.waiting(key, session, stream.number, asker):
-                    await self._responses.respond(stream, session.protocol_version, subscription, receive, send)
+                    await self._responses.respond(
+                        stream, session.protocol_version, subscription, receive, send, patience=AT_ONCE
+                    )
                 return
             payload = await reply.body(BODY_TIMEOUT)
             if reply.status == 200 and reply.media_type == "application/json" and not reply.is_encoded:
