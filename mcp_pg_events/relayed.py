@@ -62,6 +62,10 @@ class RelayedSessions:
         self._log = log
         self._hub = hub
         self._writer = writer
+        self._changing: set[int] = set()
+        """Streams that are claimed or released just now. Another claim meanwhile would take them a second time."""
+        self._doubtful: set[int] = set()
+        """Streams that may be this worker's in the database although nobody here reads them: an answer was lost."""
 
     async def find(self, key: SessionKey) -> RelayedSession:
         """What is known of a session. Raises `SessionUnknown`."""
@@ -85,13 +89,40 @@ class RelayedSessions:
         released = list(streams)
         for stream in released:
             self._writer.released(stream)
-        await self._database.fetch(
-            self._queries.release,
-            {"streams": Int8Array(stream.number for stream in released), "me": self._identity.number},
-        )
+        await self._release({stream.number for stream in released})
+
+    async def release_doubtful(self) -> None:
+        """Leave to other replicas what this worker may hold without reading it, because the database went away in the
+        middle of a claim or a release."""
+        doubtful = {number for number in self._doubtful - self._changing if not self._writer.calls.owns(number)}
+        if doubtful:
+            await self._release(doubtful)
+
+    async def _release(self, numbers: set[int]) -> None:
+        self._changing |= numbers
+        self._doubtful |= numbers
+        try:
+            await self._database.fetch(
+                self._queries.release, {"streams": Int8Array(numbers), "me": self._identity.number}
+            )
+            self._doubtful -= numbers
+        finally:
+            self._changing -= numbers
 
     async def claim(self, key: SessionKey, number: int) -> Claim | None:
         """Go on with a stream that nobody reads from the upstream; None where somebody does, or it has ended."""
+        if number in self._changing:
+            return None
+        self._changing.add(number)
+        self._doubtful.add(number)
+        try:
+            claim = await self._claim(key, number)
+            self._doubtful.discard(number)
+        finally:
+            self._changing.discard(number)
+        return claim
+
+    async def _claim(self, key: SessionKey, number: int) -> Claim | None:
         me = self._identity.number
         # Its own, where the answer to the same statement was lost.
         lost = not self._writer.calls.owns(number)
@@ -103,7 +134,8 @@ class RelayedSessions:
         rows = await self._database.fetch(
             self._queries.last_relayed, {"stream": number, "bound": created_at - MARGIN}, prepare=False
         )
-        seq, last_id = rows[0] if rows else (0, first_id)
+        # What was stored may be gone with its partition, and its last id too: the first would bring all of it again.
+        seq, last_id = rows[0] if rows else (0, None if base else first_id)
         stream = self._log.own(me, epoch, number, key.session_id, created_at, request_key)
         stream.stored = max(seq, base)
         stream.next_seq = stream.stored + 1

@@ -69,7 +69,7 @@ class Relays:
         self._adrift_timeout = adrift_timeout
         self._relays: dict[int, Relay] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[int, tuple[SessionKey, RelayedSession, Asker]] = {}
+        self._waiting: dict[int, list[tuple[SessionKey, RelayedSession, Asker]]] = {}
         self._claiming: set[int] = set()
         self._known: dict[str, RelayedSession] = {}
 
@@ -198,26 +198,31 @@ class Relays:
     def waiting(self, key: SessionKey, session: RelayedSession, number: int, asker: Asker) -> Iterator[None]:
         """While a client reads a stream here, this replica would go on with it in the client's name."""
         mine = (key, session, asker)
-        self._waiting[number] = mine
+        # A list, since anybody may name any stream: one that is no business of theirs takes nobody's place.
+        waiting = self._waiting.setdefault(number, [])
+        waiting.append(mine)
         try:
             yield
         finally:
-            if self._waiting.get(number) is mine:
+            # By identity: two requests may well be equal.
+            del waiting[next(place for place, each in enumerate(waiting) if each is mine)]
+            if not waiting:
                 del self._waiting[number]
 
     async def take_over(self, number: int) -> None:
-        """Claim a stream that a client waits for here, if nobody reads it from the upstream."""
-        waiting = self._waiting.get(number)
-        if waiting is None or number in self._claiming or number in self._relays or self._store.draining:
+        """Claim a stream that a client waits for here, if nobody reads it from the upstream. The newest comes first."""
+        if number in self._claiming or self._store.draining:
             return
-        key, session, asker = waiting
         self._claiming.add(number)
         try:
-            claim = await self._store.relayed.claim(key, number)
-            if claim is None:
-                return
-            logger.info("Session %s: this replica goes on with stream %d", key.session_id, number)
-            self.read(key, session, claim.stream, claim.request_id, asker, None, claim)
+            for key, session, asker in self._waiting.get(number, [])[::-1]:
+                if number in self._relays:
+                    return
+                claim = await self._store.relayed.claim(key, number)
+                if claim is not None:
+                    logger.info("Session %s: this replica goes on with stream %d", key.session_id, number)
+                    self.read(key, session, claim.stream, claim.request_id, asker, None, claim)
+                    return
         finally:
             self._claiming.discard(number)
 
@@ -225,9 +230,10 @@ class Relays:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             watched = [number for number in self._waiting if number not in self._relays]
-            if not watched or self._store.draining:
-                continue
             try:
+                await self._store.relayed.release_doubtful()
+                if not watched or self._store.draining:
+                    continue
                 for number in await self._store.relayed.adrift(watched):
                     await self.take_over(number)
             except Error as error:

@@ -96,6 +96,21 @@ async def test_a_living_replica_goes_on_where_another_stopped(how: str, migrated
             await until(served_again)
 
 
+async def test_a_stranger_who_names_a_stream_does_not_take_its_clients_place(migrated: str, other: str) -> None:
+    async with proxied(migrated, other) as (replicas, _):
+        await trusted(replicas, migrated)
+        session = await Session.initialize(replicas[0].url)
+        stranger = await Session.initialize(replicas[1].url)
+        response = await session.call("count", ARGUMENTS, progress_token="t", base_url=replicas[0].url)
+        events = await some(response, 5)
+        response.cut()
+        waiting = await session.get(events[-1].id, base_url=replicas[1].url)
+        events += await some(waiting, 1)
+        assert (await stranger.get(events[0].id, base_url=replicas[1].url)).status == 400
+        await replicas[0].kill()
+        assert_whole(events + await rest(waiting))
+
+
 async def test_a_call_that_the_upstream_cannot_resume_ends_with_an_error_at_once(migrated: str) -> None:
     async with proxied(migrated, None) as (replicas, _):
         await trusted(replicas, migrated)

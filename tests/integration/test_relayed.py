@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import random
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from mcp_pg_events import PostgresStore
 from mcp_pg_events.backend import OpenedSession, SessionKey, SessionUnknown, Stream
-from mcp_pg_events.errors import AppendRefused, Error
+from mcp_pg_events.errors import AppendRefused, DatabaseUnavailable, Error
 from mcp_pg_events.finals import final_error
 from tests.support.log import (
     NOTE,
@@ -128,6 +129,67 @@ async def test_a_worker_that_leaves_gives_its_streams_away_at_once(migrated: str
         # And back, by the same worker.
         await staying.relayed.release([claim.stream])
         assert await leaving.relayed.claim(key, opened.standalone) is not None
+
+
+async def test_one_worker_claims_a_stream_once_however_often_it_is_asked(migrated: str) -> None:
+    async with running(migrated, 1) as (store,):
+        key, opened = await open_relayed(store)
+        for _ in range(20):
+            claims = await asyncio.gather(*(store.relayed.claim(key, opened.standalone) for _ in range(3)))
+            [claim] = [claim for claim in claims if claim is not None]
+            await relayed(store, claim.stream, None)
+            # Nor while it is on its way out.
+            claims = await asyncio.gather(
+                store.relayed.release([claim.stream]), store.relayed.claim(key, opened.standalone)
+            )
+            assert claims == [None, None]
+            assert await store.relayed.adrift([opened.standalone]) == [opened.standalone]
+    assert_streams_are_whole(migrated)
+
+
+@pytest.mark.parametrize("lost", ["claim", "release"])
+async def test_a_stream_whose_worker_is_in_doubt_is_left_to_others(
+    lost: str, migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(migrated, 2) as (first, second):
+        key, opened = await open_relayed(first)
+        fetch = first.relayed._database.fetch
+        doubted = first.relayed._queries.last_relayed if lost == "claim" else first.relayed._queries.release
+
+        async def loses(statement: bytes, *arguments: Any, **options: Any) -> Any:
+            if statement == doubted:
+                raise DatabaseUnavailable
+            return await fetch(statement, *arguments, **options)
+
+        if lost == "release":
+            claim = await first.relayed.claim(key, opened.standalone)
+            assert claim is not None
+        monkeypatch.setattr(first.relayed._database, "fetch", loses)
+        with pytest.raises(DatabaseUnavailable):
+            if lost == "claim":
+                await first.relayed.claim(key, opened.standalone)
+            else:
+                await first.relayed.release([claim.stream])
+        monkeypatch.undo()
+        assert await second.relayed.claim(key, opened.standalone) is None
+        await first.relayed.release_doubtful()
+        assert await second.relayed.claim(key, opened.standalone) is not None
+        await first.relayed.release_doubtful()
+        assert await second.relayed.adrift([opened.standalone]) == []
+
+
+async def test_what_went_with_its_partition_is_not_asked_for_again(migrated: str) -> None:
+    async with running(migrated, 2) as (leaving, staying):
+        key, opened = await open_relayed(leaving)
+        claim = await leaving.relayed.claim(key, opened.standalone)
+        assert claim is not None
+        await relayed(leaving, claim.stream, b"first", b"last")
+        await leaving.relayed.release([claim.stream])
+        query(migrated, "UPDATE streams SET floor = 2 WHERE request_key IS NULL")
+        query(migrated, "TRUNCATE events")
+        again = await staying.relayed.claim(key, opened.standalone)
+        assert again is not None
+        assert (again.last_id, again.fresh, again.stream.next_seq) == (None, False, 3)
 
 
 async def test_a_delete_ends_what_is_adrift(migrated: str) -> None:
