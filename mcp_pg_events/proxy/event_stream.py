@@ -44,10 +44,10 @@ class EventStream:
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """The events that end in `data`. Raises `EventTooLarge`."""
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]
         if not data:
             return []
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
         self._after_cr = data.endswith(b"\r")
         found: list[ServerSentEvent] = []
         for piece in data.splitlines(keepends=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,10 +93,12 @@ class ScriptedUpstream:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls) -> AsyncIterator[ScriptedUpstream]:
+    async def running(cls, context: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedUpstream]:
+        """With a `context`, behind TLS."""
         upstream = cls()
-        server = await asyncio.start_server(upstream._serve, "127.0.0.1", 0)
-        upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp"
+        server = await asyncio.start_server(upstream._serve, "127.0.0.1", 0, ssl=context)
+        scheme = "http" if context is None else "https"
+        upstream.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/mcp"
         try:
             yield upstream
         finally:
