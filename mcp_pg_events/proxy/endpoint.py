@@ -152,7 +152,8 @@ class ProxyEndpoint:
                     )
                 return
             payload = await reply.body(BODY_TIMEOUT)
-            if reply.status == 200 and reply.media_type == "application/json" and not reply.is_encoded:
+            is_json = reply.media_type == "application/json" and not reply.is_encoded and b"\0" not in payload
+            if reply.status == 200 and is_json:
                 # It may be gone before its client has it, and its id is free again once it is stored.
                 await self._log.append(stream, stored(payload), final=True)
                 answered = True
@@ -172,9 +173,7 @@ class ProxyEndpoint:
             body=body,
             session_id=None if session is None else session.upstream,
         )
-        if 300 <= reply.status < 400:
-            reply.close()
-            raise UpstreamFailed("The upstream redirects to another URL; the proxy has to be given that one")
+        reply.refuse_redirect()
         return reply
 
     async def _open_session(
@@ -272,6 +271,7 @@ class ProxyEndpoint:
                     break
                 reply.close()
                 await asyncio.sleep(STANDALONE_PAUSE)
+            reply.refuse_redirect()
             if reply.is_stream and not reply.is_encoded:
                 self._relays.read(key, session, claim.stream, None, asker, reply, claim)
                 return

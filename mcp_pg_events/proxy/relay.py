@@ -8,6 +8,7 @@ stream is left to whoever comes back with a better one. Next: `log.enqueue`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -66,6 +67,15 @@ class Asker:
     query: bytes
 
 
+def _usable(upstream_id: bytes | None) -> bytes | None:
+    """An event's id, if the upstream can be asked for what follows it: an empty one takes back the one before (HTML
+    standard, 9.2.6), and what is not UTF-8 would come back as something else."""
+    try:
+        return upstream_id if upstream_id and upstream_id.decode() else None
+    except UnicodeDecodeError:
+        return None
+
+
 class Relay:
     """One stream and its upstream. `request_id` is None for the standalone stream, which has no final."""
 
@@ -106,6 +116,7 @@ class Relay:
         self._noise = False
         self._futile = 0
         self._reply: Reply | None = None
+        self._hung_up = asyncio.Event()
         self._storing = asyncio.Lock()
 
     @property
@@ -138,6 +149,7 @@ class Relay:
     def hang_up(self) -> None:
         """Read no more."""
         self._ended = True
+        self._hung_up.set()
         if self._reply is not None:
             self._reply.close()
 
@@ -161,10 +173,16 @@ class Relay:
                 resumed = reply is None
                 if reply is None:
                     reply = await self._ask()
+                    if self._hung_up.is_set():
+                        # While it was asked; whoever goes on with the stream is to be its only reader.
+                        reply.close()
+                        break
                 await self._read(reply, resumed)
                 reply = None
                 if not self._ended:
-                    await asyncio.sleep(self._retry)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self._retry):
+                            await self._hung_up.wait()
         except _Lost as lost:
             if not self._ended:
                 logger.warning("Session %s: an answer of the upstream is lost: %s", self.key.session_id, lost)
@@ -194,6 +212,8 @@ class Relay:
                         self._retry = min(events.retry, RETRY_MAX)
                     if found:
                         futile = False
+                        # That the database takes long is no silence of the upstream's.
+                        silence.reschedule(None)
                         await self._store_all(found)
                         if resumed:
                             silence.reschedule(clock() + SILENCE)
@@ -292,15 +312,16 @@ class Relay:
                 if self._ended:
                     break
                 payload, final = self._message(event)
+                upstream_id = _usable(event.id)
                 if payload is None:
-                    if event.id is not None:
-                        await self._note(event.id, needed=False)
+                    if upstream_id is not None:
+                        await self._note(upstream_id, needed=False)
                     continue
-                if event.id is None:
+                if upstream_id is None:
                     self._complete_ids = False
                 elif not final:
-                    await self._note(event.id, needed=True)
-                stored.append(await self._log.enqueue(self.stream, payload, final=final, upstream_id=event.id))
+                    await self._note(upstream_id, needed=True)
+                stored.append(await self._log.enqueue(self.stream, payload, final=final, upstream_id=upstream_id))
                 if final:
                     self._ended = self._answered = True
             for done in stored:
@@ -329,11 +350,12 @@ class Relay:
             raw: Any = pydantic_core.from_json(event.data)
             data = event.data
         except ValueError:
-            # Not UTF-8, perhaps, which becomes U+FFFD (HTML standard, 9.2.6).
+            # Not UTF-8, perhaps, which becomes U+FFFD (HTML standard, 9.2.6); or what JSON allows and this parser does
+            # not, such as half a surrogate pair, which JavaScript writes for a string that was cut in two.
             data = event.data.decode("utf-8", "replace").encode()
             try:
-                raw = pydantic_core.from_json(data)
-            except ValueError:
+                raw = json.loads(data)
+            except (ValueError, RecursionError):
                 raw = None
         if not isinstance(raw, dict):
             if not self._noise:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 
 import pydantic_core
-from mcp_types import INTERNAL_ERROR
+from mcp_types import INTERNAL_ERROR, RequestId
 from starlette.responses import Response
 
 from ..answers import error_response
+from ..ids import request_key
 from ..responses import SESSION_ID
 from .event_stream import EventStream, EventTooLarge
 from .messages import one_line
@@ -40,13 +41,14 @@ def stored(payload: bytes) -> bytes:
     return one_line(payload.decode("utf-8", "replace").encode())
 
 
-async def messages_until(reply: Reply, request_id: object, limit: int, timeout: float) -> list[bytes]:
+async def messages_until(reply: Reply, request_id: RequestId, limit: int, timeout: float) -> list[bytes]:
     """The messages of an answer up to the one that answers `request_id`, which is the last.
 
     Raises:
         UpstreamFailed: it never came.
     """
     found: list[bytes] = []
+    size = 0
     try:
         if not reply.is_stream:
             found.append(await reply.body(timeout))
@@ -56,6 +58,9 @@ async def messages_until(reply: Reply, request_id: object, limit: int, timeout: 
         events = EventStream(limit)
         async with asyncio.timeout(timeout):
             async for chunk in reply.chunks():
+                size += len(chunk)
+                if size > limit:
+                    raise EventTooLarge
                 for event in events.feed(chunk):
                     if not event.data or event.event != b"message":
                         continue
@@ -63,7 +68,7 @@ async def messages_until(reply: Reply, request_id: object, limit: int, timeout: 
                     if not isinstance(raw, dict):
                         raise ValueError
                     found.append(one_line(event.data))
-                    if "method" not in raw and raw.get("id") == request_id:
+                    if "method" not in raw and _answers(raw.get("id"), request_id):
                         return found
     except TimeoutError:
         raise UpstreamFailed(f"The upstream's answer did not come within {timeout:g} seconds", 504) from None
@@ -76,7 +81,16 @@ async def messages_until(reply: Reply, request_id: object, limit: int, timeout: 
     raise UpstreamFailed("The upstream ended its stream before it had answered")
 
 
-async def answer_of(reply: Reply, request_id: object, limit: int, timeout: float) -> object:
+def _answers(answered: object, request_id: RequestId) -> bool:
+    """Whether an id is a request's, by the SDK's measure: `"7"` is 7."""
+    return (
+        isinstance(answered, str | int)
+        and not isinstance(answered, bool)
+        and request_key(answered) == request_key(request_id)
+    )
+
+
+async def answer_of(reply: Reply, request_id: RequestId, limit: int, timeout: float) -> object:
     """The message that answers a request, None where the answer is none."""
     if reply.status != 200 or reply.is_encoded or not (reply.is_stream or reply.media_type == "application/json"):
         reply.close()

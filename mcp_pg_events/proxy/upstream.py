@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ EVENT_STREAM: Final = "text/event-stream"
 CONNECT_TIMEOUT: Final = 10.0
 KEEP_ALIVE: Final = 3.0
 """How long (seconds) an unused connection is kept: less than the 5 s after which uvicorn and Node close theirs."""
+DEAD_AFTER: Final = 30
+"""After how many seconds a host that acknowledges nothing is taken for dead."""
 READ: Final = 256 * 1024
 FINISH: Final = 0.5
 """How long (seconds) the end of an answer may take that is of no more interest."""
@@ -72,10 +75,12 @@ def forwarded_headers(request: Request) -> dict[str, str]:
 
 def returned_headers(reply: Reply) -> list[tuple[bytes, bytes]]:
     """The headers of the upstream's answer that go to the client, each as often as it came."""
+    named = (value for name, value in reply.headers if name.lower() == "connection")
+    dropped = _HOP_BY_HOP | _RETURNED | {name.strip().lower() for value in named for name in value.split(",")}
     return [
         (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
         for name, value in reply.headers
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in _RETURNED
+        if name.lower() not in dropped
     ]
 
 
@@ -104,6 +109,12 @@ class Reply:
     def is_encoded(self) -> bool:
         """Whether it is compressed, which it was asked not to be."""
         return (self.header("content-encoding") or "identity").strip().lower() != "identity"
+
+    def refuse_redirect(self) -> None:
+        """Raise `UpstreamFailed` where it sends its reader elsewhere: nothing is followed, by the client neither."""
+        if 300 <= self.status < 400:
+            self.close()
+            raise UpstreamFailed("The upstream redirects to another URL; the proxy has to be given that one")
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body, as it arrives. Raises `UpstreamFailed` where it is cut."""
@@ -178,7 +189,9 @@ class Upstream:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Upstream:
-        connector = aiohttp.TCPConnector(limit=0, ssl=self._ssl, keepalive_timeout=KEEP_ALIVE)
+        connector = aiohttp.TCPConnector(
+            limit=0, ssl=self._ssl, keepalive_timeout=KEEP_ALIVE, socket_factory=_watched_socket
+        )
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
@@ -236,6 +249,18 @@ class Upstream:
             raise UpstreamFailed(f"The upstream gave no answer ({_why(error)})") from None
         items = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers)
         return Reply(response.status, items, response, self._limit)
+
+
+def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket whose reads fail when the other host is gone without a word; a stream may be silent for hours."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in (("TCP_KEEPIDLE", DEAD_AFTER // 2), ("TCP_KEEPINTVL", DEAD_AFTER // 6), ("TCP_KEEPCNT", 3)):
+        # As far as the system has them.
+        if (number := getattr(socket, option, None)) is not None:
+            made.setsockopt(socket.IPPROTO_TCP, number, seconds)
+    return made
 
 
 def _why(error: BaseException) -> str:

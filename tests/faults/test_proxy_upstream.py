@@ -147,6 +147,9 @@ WAYS_OF_WRITING = {
     "comments, hints and unknown fields": [b": hi\n\nretry: 50\n\nnonsense\nmore: nonsense\n\n" + event(note(1))],
     "an unknown event": [b"event: heartbeat\ndata: {}\n\n" + event(note(1))],
     "what is no JSON": [event(b"hello"), event(b"[1, 2]"), event(b""), event(note(1))],
+    "half a surrogate pair": [
+        event(b'{"jsonrpc": "2.0", "method": "m", "params": {"progress": 1, "message": "\\ud83d"}}')
+    ],
     "many events that only say their id": [b"".join(b"id: %d\ndata:\n\n" % n for n in range(2000)), event(note(1))],
     "an id with NUL, and one that is too long": [event(note(1), "\0"), b"id: " + b"x" * 9000 + b"\ndata:\n\n"],
 }
@@ -218,8 +221,14 @@ async def test_a_stream_that_is_cut_goes_on_after_what_was_stored(
 
 @pytest.mark.parametrize(
     "pieces",
-    [[], [event(note(1))], [event(note(1), "a"), event(note(2))]],
-    ids=["at once", "without an id", "after an event without one"],
+    [
+        [],
+        [event(note(1))],
+        [event(note(1), "a"), event(note(2))],
+        [event(note(1), "a"), b"id\n" + event(note(2))],
+        [b"id: \xff\n" + event(note(1))],
+    ],
+    ids=["at once", "without an id", "after an event without one", "after an empty id", "after an id that is no text"],
 )
 @pytest.mark.parametrize("end", ["cut", "ended"])
 async def test_a_stream_that_cannot_be_resumed_ends_with_an_error(
@@ -308,6 +317,7 @@ PASSED_ON = {
     "401": (whole("401 Unauthorized", b"", www_authenticate='Bearer resource_metadata="x"'), 401, b""),
     "202 to a request": (whole("202 Accepted"), 202, b""),
     "an empty body": (whole("200 OK", b"", content_type="application/json"), 200, b""),
+    "what no JSON contains": (whole("200 OK", b'"\0"', content_type="application/json"), 200, b'"\0"'),
     "a page": (whole("200 OK", b"<p>", content_type="text/html"), 200, b"<p>"),
 }
 
@@ -445,6 +455,29 @@ async def test_the_standalone_stream_is_refused_as_the_upstream_refuses_it(
     assert len(upstream.requests) == 1
 
 
+async def test_the_standalone_stream_is_led_nowhere_else(session: Session, upstream: ScriptedUpstream) -> None:
+    upstream.on_get = [whole("307 Elsewhere", location="http://127.0.0.1:1/")]
+    response = await session.get()
+    assert response.status == 502 and "location" not in response.headers
+    assert "redirects" in (await response.json())["error"]["message"]
+
+
+async def test_the_handshake_may_come_as_a_stream_under_an_id_of_another_type(
+    session: Session, upstream: ScriptedUpstream
+) -> None:
+    async def streams(exchange: Exchange) -> bool:
+        if exchange.method != "POST" or exchange.message.get("method") != "initialize":
+            return False
+        shaken = {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "s", "version": "0"}}
+        await exchange.head(content_type="text/event-stream", connection="close", mcp_session_id=SESSION)
+        await exchange.send(event(result(exchange, id=str(exchange.id), result=shaken)))
+        return True
+
+    upstream.on_other = streams
+    other = await Session.initialize(session.base_url)
+    await assert_free(other, upstream, 1)
+
+
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +490,7 @@ async def test_headers_pass_but_for_those_of_one_connection(session: Session, up
             set_cookie="a=1; Path=/",
             connection="keep-alive, x-hop",
             keep_alive="timeout=5",
+            x_hop="no",
         )
 
     upstream.on_call = [answer]
@@ -474,7 +508,7 @@ async def test_headers_pass_but_for_those_of_one_connection(session: Session, up
     response = await session.call("x")
     assert response.status == 200
     assert response.headers["set-cookie"] == "a=1; Path=/"
-    assert "keep-alive" not in response.headers
+    assert "keep-alive" not in response.headers and "x-hop" not in response.headers
     [exchange] = upstream.requests
     assert exchange.target == "/mcp?key=a%20b&x=%2F"
     assert exchange.header("host") == upstream.url.split("/")[2]
