@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from mcp_pg_events.proxy.upstream import Upstream
 from tests.support.mcp_http import Response, Session, close_all
 from tests.support.scripted_upstream import SESSION, Exchange, ScriptedUpstream
 from tests.support.workers import Workers, run_workers
@@ -294,6 +296,23 @@ async def test_an_upstream_that_resumes_with_nothing_is_given_up(session: Sessio
     upstream.on_get = [sending(final=False)] * 100
     assert (await progress_of(await session.call("x")))[1]["error"]["data"] == LOST
     assert len(upstream.requests) < 10
+
+
+async def test_a_host_that_goes_without_a_word_is_noticed(upstream: ScriptedUpstream) -> None:
+    """The kernel asks it; a host that is really gone is more than one machine can show."""
+    upstream.on_call = [sending()]
+    async with Upstream(upstream.url, verify=True, ca_file=None, timeout=5, max_message_size=LIMIT) as asked:
+        reply = await asked.request("POST", {}, body=b'{"jsonrpc": "2.0", "id": 1, "method": "tools/call"}')
+        connection = reply._response.connection
+        assert connection is not None and connection.transport is not None
+        made = connection.transport.get_extra_info("socket")
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle, interval, count = (
+            made.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle + interval * count == 30
+        reply.close()
 
 
 # --- answers that are no streams --------------------------------------------------------------------------------------
