@@ -36,6 +36,7 @@ from ..telemetry import Traced
 from .admission import Admission
 from .credentials import Accepted
 from .endpoint import ProxyEndpoint, ProxyOptions
+from .options import check_name, check_paths, check_seconds, check_sizes
 from .relays import Relays
 from .replies import failure
 from .upstream import Upstream, UpstreamFailed, forwarded_headers, returned_headers
@@ -104,25 +105,18 @@ def proxy_app(
     Raises:
         ConfigurationError: the URL is none of an HTTP endpoint, or an option cannot work.
     """
-    for option, value in (
-        ("keep_alive", keep_alive),
-        ("poll_interval", poll_interval),
-        ("upstream_timeout", upstream_timeout),
-        ("patience", patience),
-        ("adrift_timeout", adrift_timeout),
-        ("credential_lifetime", credential_lifetime),
-        ("idle_timeout", 1.0 if idle_timeout is None else idle_timeout),
-    ):
-        if not 0 < value < 1e9:
-            raise ConfigurationError(f"{option} has to be a positive number of seconds")
-    if max_message_size < 1:
-        raise ConfigurationError("max_message_size has to be 1 or more")
-    if name is not None and (not name or "\0" in name):
-        raise ConfigurationError("name has to be a string of at least one character, without NUL")
-    if not path.startswith("/"):
-        raise ConfigurationError(f"The path {path!r} has to begin with a slash")
-    if path in (live_path, ready_path):
-        raise ConfigurationError(f"The path {path!r} is the endpoint's; live_path and ready_path need others")
+    check_seconds(
+        keep_alive=keep_alive,
+        poll_interval=poll_interval,
+        upstream_timeout=upstream_timeout,
+        patience=patience,
+        adrift_timeout=adrift_timeout,
+        credential_lifetime=credential_lifetime,
+        idle_timeout=idle_timeout,
+    )
+    check_sizes(max_message_size=max_message_size)
+    check_name(name)
+    check_paths(path, live_path, ready_path)
     origins = [_origin(origin) for origin in cors_origins]
     server = Upstream(
         upstream, verify=verify, ca_file=ca_file, timeout=upstream_timeout, max_message_size=max_message_size

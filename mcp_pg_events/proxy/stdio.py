@@ -23,13 +23,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import ConfigurationError
 from ..health import health_routes
 from ..http import EndpointOptions, HTTPEndpoint
 from ..reader import ReaderOptions
 from ..signals import drain_on_sigterm
 from ..store import PostgresStore, StoreOptions, as_store
 from ..telemetry import Traced
+from .options import check_name, check_paths, check_seconds, check_sizes
 from .process import Command
 from .stdio_sessions import ProcessSessions
 
@@ -89,23 +89,16 @@ def stdio_app(
     Raises:
         ConfigurationError: there is no such program, or an option cannot work.
     """
-    for option, value in (
-        ("keep_alive", keep_alive),
-        ("poll_interval", poll_interval),
-        ("start_timeout", start_timeout),
-        ("stop_timeout", stop_timeout),
-        ("idle_timeout", 1.0 if idle_timeout is None else idle_timeout),
-    ):
-        if not 0 < value < 1e9:
-            raise ConfigurationError(f"{option} has to be a positive number of seconds")
-    if max_processes < 1 or max_message_size < 1:
-        raise ConfigurationError("max_processes and max_message_size have to be 1 or more")
-    if name is not None and (not name or "\0" in name):
-        raise ConfigurationError("name has to be a string of at least one character, without NUL")
-    if not path.startswith("/"):
-        raise ConfigurationError(f"The path {path!r} has to begin with a slash")
-    if path in (live_path, ready_path):
-        raise ConfigurationError(f"The path {path!r} is the endpoint's; live_path and ready_path need others")
+    check_seconds(
+        keep_alive=keep_alive,
+        poll_interval=poll_interval,
+        start_timeout=start_timeout,
+        stop_timeout=stop_timeout,
+        idle_timeout=idle_timeout,
+    )
+    check_sizes(max_processes=max_processes, max_message_size=max_message_size)
+    check_name(name)
+    check_paths(path, live_path, ready_path)
     checked = Command.checked(command, extra=env or {}, max_message_size=max_message_size, stop_timeout=stop_timeout)
     store = as_store(store, store_options)
     name = name or _name(command)

@@ -11,6 +11,14 @@ _FENCE = """
         SELECT number FROM {s}.workers
          WHERE number = %(me)s AND ended_at IS NULL AND epoch = %(epoch)s FOR KEY SHARE
     )"""
+_ENDS = """
+    ), ended AS (
+        UPDATE {s}.streams t SET final_seq = f.seq, ended_at = now()
+          FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
+         WHERE t.number = f.stream AND t.final_seq IS NULL
+    )
+    SELECT now() FROM fence
+    """
 statement(
     "append",
     # A batch of events whose numbers their worker gave, and the ends of the streams that end with it, in one commit.
@@ -20,14 +28,8 @@ statement(
     + """, stored AS (
         INSERT INTO {s}.events (stream, seq, payload)
         SELECT e.stream, e.seq, e.payload
-          FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[]) e(stream, seq, payload)
-    ), ended AS (
-        UPDATE {s}.streams t SET final_seq = f.seq, ended_at = now()
-          FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
-         WHERE t.number = f.stream AND t.final_seq IS NULL
-    )
-    SELECT now() FROM fence
-    """,
+          FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[]) e(stream, seq, payload)"""
+    + _ENDS,
 )
 statement(
     "append_relayed",
@@ -38,14 +40,8 @@ statement(
         INSERT INTO {s}.events (stream, seq, payload, upstream_id)
         SELECT e.stream, e.seq, e.payload, e.upstream_id
           FROM fence, unnest(%(streams)b::bigint[], %(seqs)b::bigint[], %(payloads)b::text[], %(upstream_ids)b::text[])
-                      e(stream, seq, payload, upstream_id)
-    ), ended AS (
-        UPDATE {s}.streams t SET final_seq = f.seq, ended_at = now()
-          FROM fence, unnest(%(final_streams)b::bigint[], %(final_seqs)b::bigint[]) f(stream, seq)
-         WHERE t.number = f.stream AND t.final_seq IS NULL
-    )
-    SELECT now() FROM fence
-    """,
+                      e(stream, seq, payload, upstream_id)"""
+    + _ENDS,
 )
 statement(
     "append_shared",
