@@ -63,13 +63,14 @@ class TypeScriptClient:
         try:
             async with asyncio.timeout(timeout):
                 while len(found := self.told(event, **values)) < nth:
-                    await self._next()
+                    await self.more()
         except TimeoutError:
             told = "\n".join(map(str, self.events[-40:]))
             raise AssertionError(f"No {event} {values} within {timeout} s. The last events were:\n{told}") from None
         return found[nth - 1]
 
-    async def _next(self) -> None:
+    async def more(self) -> None:
+        """Take the next event, whatever it is, to the end of `events`."""
         assert self.process.stdout is not None
         if not (line := await self.process.stdout.readline()):
             raise AssertionError(f"The client ended: {self.errors.read_text()}")
