@@ -18,14 +18,15 @@ import anyio
 import pydantic_core
 from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
-from mcp_types import INTERNAL_ERROR, JSONRPCRequest
+from mcp_types import INTERNAL_ERROR, JSONRPCRequest, RequestId
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .. import sse, telemetry
 from ..answers import Answer, cursor_error, error_response, parse
-from ..backend import OpenedSession, RequestInFlight, SessionKey, SessionLimit
+from ..backend import OpenedSession, RequestInFlight, SessionKey, SessionLimit, Stream
+from ..errors import Error
 from ..finals import final_error
 from ..ids import request_key
 from ..reader import ReaderOptions
@@ -151,7 +152,8 @@ class ProxyEndpoint:
                         stream, session.protocol_version, subscription, receive, send, patience=AT_ONCE
                     )
                 return
-            payload = await reply.body(BODY_TIMEOUT)
+            # Some servers send the head of an answer at once, and the body when the tool is done.
+            payload = await reply.body(max(BODY_TIMEOUT, self._upstream.timeout))
             is_json = reply.media_type == "application/json" and not reply.is_encoded and b"\0" not in payload
             if reply.status == 200 and is_json:
                 # It may be gone before its client has it, and its id is free again once it is stored.
@@ -162,8 +164,16 @@ class ProxyEndpoint:
             raise Answer(passed_on(reply, payload, key.session_id))
         finally:
             if not answered:
-                error = {"jsonrpc": "2.0", "id": message.id, "error": final_error("upstream_lost")}
-                self._store.spawn(self._log.append(stream, json.dumps(error).encode(), final=True))
+                await self._free(stream, message.id)
+
+    async def _free(self, stream: Stream, request_id: RequestId) -> None:
+        """End a call that the upstream did not take, before its client hears of it: one that was refused for its token
+        sends the same request again at once, with another."""
+        error = {"jsonrpc": "2.0", "id": request_id, "error": final_error("upstream_lost")}
+        try:
+            await self._log.append(stream, json.dumps(error).encode(), final=True)
+        except Error as failed:
+            logger.debug("Not stored in stream %d: %s", stream.number, failed)
 
     async def _send(self, method: str, session: RelayedSession | None, asker: Asker, body: bytes | None) -> Reply:
         reply = await self._upstream.request(
@@ -196,8 +206,13 @@ class ProxyEndpoint:
             raise Answer(Response(payloads[-1], media_type="application/json"))
         key = self._admission.key(uuid4().hex)
         upstream_id = reply.header(SESSION_ID)
-        with anyio.CancelScope(shield=True):
-            opened = await self._record(key, message, version, upstream_id, payloads)
+        try:
+            with anyio.CancelScope(shield=True):
+                opened = await self._record(key, message, version, upstream_id, payloads)
+        except Error:
+            if upstream_id is not None:
+                self._store.spawn(self._forget(asker, upstream_id))
+            raise
         self._admission.opened(key, asker)
         if not reply.is_stream:
             raise Answer(passed_on(reply, payloads[-1], key.session_id))
@@ -206,6 +221,15 @@ class ProxyEndpoint:
         )
         subscription.fall_behind()
         await self._responses.respond(opened.stream, version, subscription, receive, send)
+
+    async def _forget(self, asker: Asker, upstream_id: str) -> None:
+        """End a session of the upstream's that could not be recorded: its client will open another."""
+        headers = {name: value for name, value in asker.headers.items() if name != "content-type"}
+        try:
+            reply = await self._upstream.request("DELETE", headers, query=asker.query, session_id=upstream_id)
+            reply.close()
+        except UpstreamFailed as failed:
+            logger.debug("A session that could not be recorded stays open at the upstream: %s", failed)
 
     async def _record(
         self, key: SessionKey, message: JSONRPCRequest, version: str, upstream_id: str | None, payloads: list[bytes]

@@ -39,7 +39,7 @@ from .endpoint import ProxyEndpoint, ProxyOptions
 from .options import check_name, check_paths, check_seconds, check_sizes
 from .relays import Relays
 from .replies import failure
-from .upstream import Upstream, UpstreamFailed, forwarded_headers, returned_headers
+from .upstream import Reply, Upstream, UpstreamFailed, forwarded_headers, returned_headers
 
 __all__ = ["proxy_app"]
 
@@ -225,42 +225,49 @@ class _Gate:
         request = Request(scope, receive)
         try:
             body = await request.body()
-            reply = await self._upstream.request(
-                request.method,
-                forwarded_headers(request),
-                query=scope.get("query_string", b""),
-                body=body or None,
-                extra=[
-                    (name, value) for name in ("last-event-id",) if (value := request.headers.get(name)) is not None
-                ],
-                session_id=request.headers.get("mcp-session-id"),
-            )
         except ClientDisconnect:
             return
-        except UpstreamFailed as failed:
+        failed: UpstreamFailed | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(_until_disconnected, receive, group.cancel_scope)
+            try:
+                reply = await self._upstream.request(
+                    request.method,
+                    forwarded_headers(request),
+                    query=scope.get("query_string", b""),
+                    body=body or None,
+                    extra=[
+                        (name, value) for name in ("last-event-id",) if (value := request.headers.get(name)) is not None
+                    ],
+                    session_id=request.headers.get("mcp-session-id"),
+                )
+                try:
+                    await self._send_on(reply, send)
+                finally:
+                    reply.close()
+            except UpstreamFailed as error:
+                failed = error
+            group.cancel_scope.cancel()
+        if failed is not None:
             logger.warning("A request failed: %s", failed)
             await failure(failed)(scope, receive, send)
-            return
+
+    async def _send_on(self, reply: Reply, send: Send) -> None:
+        """Raises `UpstreamFailed` only as long as nothing was sent."""
+        headers = returned_headers(reply)
+        if (length := reply.header("content-length")) is not None:
+            headers.append((b"content-length", length.encode("latin-1")))
+        if (session_id := reply.header(SESSION_ID)) is not None:
+            headers.append((SESSION_ID.encode(), session_id.encode("latin-1")))
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(_until_disconnected, receive, group.cancel_scope)
-                headers = returned_headers(reply)
-                if (length := reply.header("content-length")) is not None:
-                    headers.append((b"content-length", length.encode("latin-1")))
-                if (session_id := reply.header(SESSION_ID)) is not None:
-                    headers.append((SESSION_ID.encode(), session_id.encode("latin-1")))
-                await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-                try:
-                    async for chunk in reply.chunks():
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                except UpstreamFailed as failed:
-                    # Its client is to see that it is not whole: the connection is cut here too.
-                    logger.warning("A response was cut: %s", failed)
-                    raise
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-                group.cancel_scope.cancel()
-        finally:
-            reply.close()
+            async for chunk in reply.chunks():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except UpstreamFailed as failed:
+            # Its client is to see that it is not whole: the server cuts the connection of a response without an end.
+            logger.warning("A response was cut: %s", failed)
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _until_disconnected(receive: Receive, scope: anyio.CancelScope) -> None:

@@ -68,8 +68,8 @@ class Asker:
 
 
 def _usable(upstream_id: bytes | None) -> bytes | None:
-    """An event's id, if the upstream can be asked for what follows it: an empty one takes back the one before (HTML
-    standard, 9.2.6), and what is not UTF-8 would come back as something else."""
+    """An event's id, if it can be resumed from: an empty one takes back the one before (HTML standard, 9.2.6), and what
+    is not UTF-8 would come back as something else."""
     try:
         return upstream_id if upstream_id and upstream_id.decode() else None
     except UnicodeDecodeError:
@@ -350,8 +350,8 @@ class Relay:
             raw: Any = pydantic_core.from_json(event.data)
             data = event.data
         except ValueError:
-            # Not UTF-8, perhaps, which becomes U+FFFD (HTML standard, 9.2.6); or what JSON allows and this parser does
-            # not, such as half a surrogate pair, which JavaScript writes for a string that was cut in two.
+            # Not UTF-8, perhaps, which is U+FFFD then (HTML standard, 9.2.6); or half a surrogate pair, that the parser
+            # refuses and JavaScript writes, for a string that was cut in two.
             data = event.data.decode("utf-8", "replace").encode()
             try:
                 raw = json.loads(data)

@@ -184,7 +184,7 @@ class Upstream:
         self._ssl: ssl.SSLContext | bool = True
         if parts.scheme == "https":
             self._ssl = _context(verify, ca_file)
-        self._timeout = timeout
+        self.timeout = timeout
         self._limit = max_message_size
         self._session: aiohttp.ClientSession | None = None
 
@@ -230,7 +230,7 @@ class Upstream:
         sent = {**headers, "accept-encoding": "identity", **dict(extra)}
         if session_id is not None:
             sent[SESSION_ID] = session_id
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self.timeout if timeout is None else timeout
         url = self.url
         if query:
             url += ("&" if "?" in url else "?") + query.decode("latin-1")

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from mcp_pg_events.proxy.upstream import Upstream
-from tests.support.mcp_http import Response, Session, close_all
+from tests.support.log import query
+from tests.support.mcp_http import ConnectionCut, Response, Session, close_all
 from tests.support.scripted_upstream import SESSION, Exchange, ScriptedUpstream
+from tests.support.until import until
 from tests.support.workers import Workers, run_workers
 
 pytestmark = pytest.mark.anyio
@@ -453,6 +455,25 @@ async def test_a_session_that_the_upstream_has_lost_ends_for_its_client_too(
     assert "result" in (await messages(await again.call("x")))[-1]
 
 
+async def test_a_session_that_cannot_be_recorded_does_not_stay_open_at_the_upstream(
+    replica_once: Workers, upstream: ScriptedUpstream, migrated_once: str
+) -> None:
+    replica_once.forget()
+    query(migrated_once, "ALTER TABLE sessions ADD CONSTRAINT refusing CHECK (upstream IS NULL) NOT VALID")
+    try:
+        with pytest.raises(AssertionError, match="500"):
+            await Session.initialize(replica_once[0].url)
+    finally:
+        query(migrated_once, "ALTER TABLE sessions DROP CONSTRAINT refusing")
+
+    async def deleted() -> bool:
+        return [(each.method, each.header("mcp-session-id")) for each in upstream.requests] == [("DELETE", SESSION)]
+
+    await until(deleted)
+    assert "Traceback" not in replica_once[0].output()
+    await Session.initialize(replica_once[0].url)
+
+
 async def test_a_delete_that_the_upstream_does_not_allow_leaves_the_session(
     session: Session, upstream: ScriptedUpstream
 ) -> None:
@@ -495,6 +516,46 @@ async def test_the_handshake_may_come_as_a_stream_under_an_id_of_another_type(
     upstream.on_other = streams
     other = await Session.initialize(session.base_url)
     await assert_free(other, upstream, 1)
+
+
+# --- requests without a session ---------------------------------------------------------------------------------------
+
+
+async def stateless(replica_once: Workers, request_id: int = 1) -> Response:
+    session = Session(replica_once[0].url, headers={"MCP-Protocol-Version": "2026-07-28"})
+    return await session.call("x", id=request_id)
+
+
+async def test_a_client_that_hangs_up_ends_its_request_at_the_upstream(
+    replica_once: Workers, upstream: ScriptedUpstream
+) -> None:
+    """Also before the upstream has answered with anything."""
+    asked, gone = asyncio.Event(), asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        asked.set()
+        await exchange.hung_up()
+        gone.set()
+
+    upstream.on_call = [answer]
+    calling = asyncio.create_task(stateless(replica_once))
+    await asyncio.wait_for(asked.wait(), 5)
+    close_all()
+    # Less than PATIENCE, after which the proxy itself gives up.
+    await asyncio.wait_for(gone.wait(), PATIENCE / 2)
+    with pytest.raises(ConnectionCut):
+        await calling
+
+
+async def test_a_response_without_a_session_is_cut_where_the_upstreams_is(
+    replica_once: Workers, upstream: ScriptedUpstream
+) -> None:
+    replica_once.forget()
+    upstream.on_call = [cutting(event(note(1))), sending(event(note(2)))]
+    with pytest.raises(ConnectionCut):
+        await (await stateless(replica_once)).messages()
+    assert "Traceback" not in replica_once[0].output()
+    assert len(await (await stateless(replica_once)).messages()) == 2
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Exchange:
     headers: list[tuple[str, str]]
     body: bytes
     writer: asyncio.StreamWriter = field(repr=False)
+    reader: asyncio.StreamReader = field(repr=False)
 
     def header(self, name: str) -> str | None:
         return next((value for key, value in self.headers if key == name), None)
@@ -71,6 +72,11 @@ class Exchange:
 
     async def last(self) -> None:
         await self.send(b"0\r\n\r\n")
+
+    async def hung_up(self) -> None:
+        """Return when the one who asked has closed the connection."""
+        with contextlib.suppress(ConnectionError):
+            assert await self.reader.read(1) == b""
 
     def cut(self) -> None:
         reset(self.writer)
@@ -134,7 +140,7 @@ class ScriptedUpstream:
         method, target, _ = first.split(" ")
         headers = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
         length = int(dict(headers).get("content-length", "0"))
-        return Exchange(method, target, headers, await reader.readexactly(length), writer)
+        return Exchange(method, target, headers, await reader.readexactly(length), writer, reader)
 
     async def _answer(self, exchange: Exchange) -> None:
         message = exchange.message if exchange.method == "POST" else None
