@@ -51,6 +51,9 @@ __all__ = [
 
 VARIABLE = "MCP_PG_EVENTS_SERVE"
 
+_LOADING = ("exec_module", "get_code", "source_to_code", "load_module", "create_module")
+"""What the loaders of modules are asked for (`importlib.abc`)."""
+
 Message = MutableMapping[str, Any]
 Application = Callable[
     [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
@@ -280,8 +283,10 @@ def _broken(what: str, error: Exception) -> errors.ConfigurationError:
     sentence = errors.ConfigurationError(f"{what} with {type(error).__name__} ({first_line}).")
     told = traceback.TracebackException.from_exception(error)
     ours = (__file__, importlib.__file__)
-    told.stack = traceback.StackSummary.from_list(
-        [frame for frame in told.stack if frame.filename not in ours and "<frozen importlib" not in frame.filename]
-    )
+    frames = [frame for frame in told.stack if frame.filename not in ours and "<frozen importlib" not in frame.filename]
+    # A library may have a loader of its own for all modules, whose frames come before the user's.
+    while frames and frames[0].name in _LOADING:
+        del frames[0]
+    told.stack = traceback.StackSummary.from_list(frames)
     sentence.add_note("".join(told.format()).rstrip())
     return sentence
