@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
+from types import FrameType
 from typing import Any
 
 import typer
@@ -30,8 +33,9 @@ def output() -> Iterator[None]:
         # A terminal of another encoding gets escapes for what it cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
-        sys.stdout.flush()
+        with _interruptible():
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -40,8 +44,32 @@ def output() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+_interrupts: list[int] = []
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Remember Ctrl-C: Python drops the exception where it meets a callback or a finaliser, and nobody would stop."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupts.clear()
+
+
 def pause(seconds: float) -> None:
     """Wait. Raises BrokenPipeError where nobody reads stdout any more, which a write would only find out later."""
+    if _interrupts:
+        raise KeyboardInterrupt
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError, AttributeError):
