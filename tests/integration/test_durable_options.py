@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ async def test_the_idle_timeout_goes_by_the_clock_of_the_database(migrated_once:
                 await session.delete(base_url=url),
             ):
                 assert response.status == 404
+
+
+@pytest.mark.parametrize(("idle", "warned"), [(3 * 86400.0, True), (None, True), (86400.0, False)])
+async def test_events_that_go_before_an_idle_session_does_are_warned_of(
+    idle: float | None, warned: bool, migrated_once: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = mcpserver("idle").streamable_http_app(session_idle_timeout=idle)
+    durable(app, PostgresStore(migrated_once, retention=timedelta(days=2)))
+    async with app.router.lifespan_context(app):
+        pass
+    assert ("Events are kept for 2 days" in caplog.text) == warned
 
 
 async def ended_by_idling(dsn: str, session: Session) -> None:
