@@ -44,6 +44,13 @@ class Tail:
         return self.process.returncode, out.decode(), err.decode()
 
 
+def interruptible() -> None:
+    """A test run in the background of a shell ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if (die := die_with_parent(signal.SIGKILL)) is not None:
+        die()
+
+
 @contextlib.asynccontextmanager
 async def tailing(dsn: str, session: str, *arguments: str) -> AsyncIterator[Tail]:
     process = await asyncio.create_subprocess_exec(
@@ -53,7 +60,7 @@ async def tailing(dsn: str, session: str, *arguments: str) -> AsyncIterator[Tail
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=die_with_parent(signal.SIGKILL),
+        preexec_fn=interruptible,
     )
     try:
         yield Tail(process)
