@@ -10,7 +10,7 @@ from mcp_pg_events.errors import ConfigurationError
 
 __all__ = ["DEFAULT_SCHEMA", "NEEDS", "REVISION", "check_schema", "quote_schema"]
 
-REVISION = "0008"
+REVISION = "0009"
 """The newest revision that this version knows, and that `mcp-pg-events migrate` brings a database to."""
 
 NEEDS = "0007"

@@ -288,6 +288,9 @@ class Worker:
         self.hub.end_session(session_id)
         for app in self.apps:
             app.session_ended(session_id)
+        # Whoever runs a call meets the fence with its next event. A standalone stream may never have another.
+        if self.writer.calls.running(session_id, None) is not None:
+            self.writer.look_for_ended()
 
     async def touch_sessions(self, sessions: set[str] | None = None) -> None:
         """Keep sessions from their idle time-out: those given, or those with a running call or an attached reader."""

@@ -54,6 +54,24 @@ $function$;
 
 COMMENT ON FUNCTION finish_calls(bigint[], text) IS 'Ends open calls with an error, in the place of their workers.';
 
+-- Closes the standalone stream of a session that has ended; its number, NULL where it had ended before. It has no response,
+-- so that its end is its last number.
+CREATE OR REPLACE FUNCTION close_standalone(session text) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $function$
+DECLARE
+    closed bigint;
+BEGIN
+    UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor), ended_at = now()
+    WHERE t.session_id = session AND t.request_key IS NULL AND t.final_seq IS NULL
+    RETURNING t.number INTO closed;
+    RETURN closed;
+END
+$function$;
+
+COMMENT ON FUNCTION close_standalone(text) IS 'Closes the standalone stream of a session that has ended.';
+
 -- Ends a session: the asker's own where `expire` is false, one that has been idle for `idle` seconds where it is true.
 -- The streams that ended with it, its standalone one among them; NULL where there is no such session.
 CREATE OR REPLACE FUNCTION end_session(
@@ -64,7 +82,6 @@ SET search_path FROM CURRENT
 AS $function$
 DECLARE
     finished bigint[];
-    standalone bigint;
 BEGIN
     -- FOR UPDATE, which an UPDATE of these columns alone would not take: it waits for the requests that are being opened
     -- (they hold FOR KEY SHARE), so that the statements below see their streams.
@@ -79,17 +96,17 @@ BEGIN
         RETURN NULL;
     END IF;
     UPDATE sessions s SET ended_at = now(), ended_reason = reason WHERE s.id = session;
+    -- The owners of all that is open in it: finish_calls locks those of the calls alone.
+    PERFORM FROM workers w
+    WHERE w.number IN (SELECT t.worker FROM streams t WHERE t.session_id = session AND t.final_seq IS NULL)
+    ORDER BY w.number FOR UPDATE;
     finished := array(
         SELECT finish_calls(array(
             SELECT t.number FROM streams t
             WHERE t.session_id = session AND t.final_seq IS NULL AND t.request_key IS NOT NULL
         ), error)
     );
-    -- Nothing can follow in a session that ended; the standalone stream has no response, so its end is its last number.
-    UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor), ended_at = now()
-    WHERE t.session_id = session AND t.request_key IS NULL AND t.final_seq IS NULL
-    RETURNING t.number INTO standalone;
-    RETURN array_remove(finished || standalone, NULL);
+    RETURN array_remove(finished || close_standalone(session), NULL);
 END
 $function$;
 

@@ -1,6 +1,6 @@
--- The end of a worker that read streams from an upstream, for a proxy.
---
--- What it does is what `end_worker` in finish.sql does, which it replaces, but for streams that another replica can go on
+-- The ends of workers and sessions where streams are read from an upstream, for a proxy.
+
+-- Ends a worker. What it does is what `end_worker` in finish.sql does, which it replaces, but for streams that another replica can go on
 -- with, because the upstream gave ids in them: those lose their worker and wait, adrift, for a client whose credential
 -- the upstream takes. The other calls of proxied sessions end with an error of their own.
 CREATE OR REPLACE FUNCTION end_worker(
@@ -44,5 +44,33 @@ BEGIN
     SELECT array_agg(closed.number) INTO standalone FROM closed;
     UPDATE streams t SET reader_worker = NULL WHERE t.reader_worker = dead AND t.final_seq IS NULL;
     DELETE FROM inbox i WHERE i.worker = dead;
+END
+$function$;
+
+-- Closes the standalone stream of a session that has ended. Where a worker reads it from an upstream, that worker numbers
+-- its events, as those of a call, and is fenced in the same way. `end_session`, which calls this, has locked its row.
+CREATE OR REPLACE FUNCTION close_standalone(session text) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $function$
+DECLARE
+    relayed streams;
+    stored bigint := 0;
+    closed bigint;
+BEGIN
+    SELECT t.* INTO relayed FROM streams t JOIN sessions s ON s.id = t.session_id
+    WHERE t.session_id = session AND t.request_key IS NULL AND t.final_seq IS NULL AND s.upstream IS NOT NULL;
+    IF FOUND THEN
+        UPDATE workers w SET epoch = w.epoch + 1 WHERE w.number = relayed.worker;
+        -- EXECUTE for the same reason as in finish_calls.
+        EXECUTE format(
+            'SELECT coalesce(max(e.seq), 0) FROM events e WHERE e.stream = $1 AND e.created_at >= %L::timestamptz',
+            relayed.created_at - interval '10 minutes'
+        ) INTO stored USING relayed.number;
+    END IF;
+    UPDATE streams t SET final_seq = greatest(t.last_seq, t.floor, stored), ended_at = now()
+    WHERE t.session_id = session AND t.request_key IS NULL AND t.final_seq IS NULL
+    RETURNING t.number INTO closed;
+    RETURN closed;
 END
 $function$;

@@ -23,4 +23,5 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION end_worker(bigint, text, text, timestamptz, boolean)")
     op.execute("DROP FUNCTION holds_lock(bigint)")
     op.execute("DROP FUNCTION end_session(text, text, text, double precision, boolean, text, text)")
+    op.execute("DROP FUNCTION close_standalone(text)")
     op.execute("DROP FUNCTION finish_calls(bigint[], text)")

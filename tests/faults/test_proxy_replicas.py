@@ -158,3 +158,14 @@ async def test_the_standalone_stream_is_read_only_while_a_client_listens(migrate
         assert await session.call_result("announce", {"n": 1}) == "announced 1"
         assert [event.message["params"]["data"]["index"] for event in await some(again, 1) if event.data] == [0]
         assert await rows_of(migrated, reading) == [(True,)]
+
+
+@pytest.mark.parametrize("deletes", [0, 1], ids=["here", "elsewhere"])
+async def test_a_replica_that_stops_waits_for_no_session_that_has_ended(migrated: str, deletes: int) -> None:
+    """Every client of the SDK opens the standalone stream and ends with DELETE."""
+    async with proxied(migrated, None) as (replicas, _):
+        sessions = [await Session.initialize(replicas[0].url) for _ in range(3)]
+        for session in sessions:
+            assert (await session.get(base_url=replicas[0].url)).status == 200
+            assert (await session.delete(base_url=replicas[deletes].url)).status == 200
+        assert await replicas[0].stop(timeout=8) != -signal.SIGKILL, "it waited for more than a third of its drain_timeout"

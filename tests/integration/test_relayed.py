@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from mcp_pg_events import PostgresStore
+from mcp_pg_events import PostgresStore, watch
 from mcp_pg_events.backend import OpenedSession, SessionKey, SessionUnknown, Stream
 from mcp_pg_events.errors import AppendRefused, DatabaseUnavailable, Error
 from mcp_pg_events.finals import final_error
@@ -204,6 +204,53 @@ async def test_a_delete_ends_what_is_adrift(migrated: str) -> None:
             await alive.relayed.find(key)
     seq, payload = stored(migrated, stream.number)[-1]
     assert (seq, json.loads(payload)["error"]) == (2, final_error("session_ended"))
+    assert_streams_are_whole(migrated)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("ends", [0, 1], ids=["its own", "another worker"])
+async def test_a_delete_ends_the_standalone_stream_where_it_is_read(
+    migrated: str, ends: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it stays behind that a worker would wait for when it stops, and nothing is stored after its end."""
+    monkeypatch.setattr(watch, "STAMP_INTERVAL", 0.2)
+    async with running(migrated, 2) as stores:
+        reads = stores[0]
+        if not told:
+            monkeypatch.setattr(parts(reads), "_session_ended", lambda session_id: None)
+            monkeypatch.setattr(parts(reads).finisher, "_on_session_ended", lambda session_id: None)
+        for _ in range(5):
+            key, opened = await open_relayed(reads)
+            claim = await reads.relayed.claim(key, opened.standalone)
+            assert claim is not None
+            await relayed(reads, claim.stream, b"a", b"b")
+
+            async def store_more(stream: Stream = claim.stream) -> None:
+                with pytest.raises(AppendRefused):
+                    while True:
+                        await relayed(reads, stream, None)
+
+            storing = asyncio.create_task(store_more())
+            await asyncio.sleep(0.01)
+            await stores[ends].log.end_session(key, "deleted")
+            await asyncio.wait_for(storing, 5)
+        # The same for a stream that has no event under way.
+        key, opened = await open_relayed(reads)
+        claim = await reads.relayed.claim(key, opened.standalone)
+        assert claim is not None and parts(reads).writer.calls.numbers() == [opened.standalone]
+        await stores[ends].log.end_session(key, "deleted")
+        await asyncio.wait_for(parts(reads).writer.calls.wait(), 5)
+    assert_streams_are_whole(migrated)
+
+
+async def test_a_delete_counts_what_is_adrift_of_the_standalone_stream(migrated: str) -> None:
+    async with running(migrated, 2) as (dead, alive):
+        key, opened = await open_relayed(dead)
+        claim = await dead.relayed.claim(key, opened.standalone)
+        assert claim is not None
+        await relayed(dead, claim.stream, b"a", b"b")
+        await die(dead, alive)
+        await alive.log.end_session(key, "deleted")
     assert_streams_are_whole(migrated)
 
 
