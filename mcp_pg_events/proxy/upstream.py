@@ -6,6 +6,7 @@ Nothing is followed (a redirect could take a credential elsewhere), nothing is s
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
@@ -235,17 +236,23 @@ class Upstream:
         if query:
             url += ("&" if "?" in url else "?") + query.decode("latin-1")
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as waiting:
                 response = await self._session.request(
                     method, URL(url, encoded=True), headers=sent, data=body, allow_redirects=False
                 )
-        except TimeoutError:
-            raise UpstreamFailed(f"The upstream gave no answer within {timeout:g} seconds", 504) from None
+        except aiohttp.ConnectionTimeoutError:
+            raise UpstreamFailed(
+                f"The upstream cannot be reached (no answer within {CONNECT_TIMEOUT:g} seconds)", 503
+            ) from None
         except aiohttp.ClientConnectorCertificateError:
             raise UpstreamFailed("The upstream's certificate cannot be verified") from None
         except aiohttp.ClientConnectorError as error:
             raise UpstreamFailed(f"The upstream cannot be reached ({_why(error.os_error)})", 503) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if waiting.expired():
+                raise UpstreamFailed(f"The upstream gave no answer within {timeout:g} seconds", 504) from None
+            if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+                raise UpstreamFailed(f"The upstream's host was silent for {DEAD_AFTER} seconds", 504) from None
             raise UpstreamFailed(f"The upstream gave no answer ({_why(error)})") from None
         items = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers)
         return Reply(response.status, items, response, self._limit)
@@ -256,10 +263,16 @@ def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in (("TCP_KEEPIDLE", DEAD_AFTER // 2), ("TCP_KEEPINTVL", DEAD_AFTER // 6), ("TCP_KEEPCNT", 3)):
+    for option, value in (
+        ("TCP_KEEPIDLE", DEAD_AFTER // 2),
+        ("TCP_KEEPINTVL", DEAD_AFTER // 6),
+        ("TCP_KEEPCNT", 3),
+        # What was sent and is not acknowledged is sent again for a quarter of an hour otherwise, without probes (tcp(7)).
+        ("TCP_USER_TIMEOUT", DEAD_AFTER * 1000),
+    ):
         # As far as the system has them.
         if (number := getattr(socket, option, None)) is not None:
-            made.setsockopt(socket.IPPROTO_TCP, number, seconds)
+            made.setsockopt(socket.IPPROTO_TCP, number, value)
     return made
 
 

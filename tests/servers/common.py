@@ -4,7 +4,8 @@ Both frameworks get the very same functions: their contexts agree on `session`, 
 `start_workers` (`tests/support/workers.py`) sets the environment.
 
     MCP_PG_EVENTS_DSN   where a durable app keeps its sessions
-    TEST_OPTIONS        JSON: {"app": {...}, "durable": {...}, "store": {...}, "owner_header": "x-owner"}
+    TEST_OPTIONS        JSON: {"app": {...}, "durable": {...}, "store": {...}, "owner_header": "x-owner",
+                        "memory_events": true} (the SDK's own way, with events in memory)
     TEST_DURABLE        0 leaves the app as its framework made it
     TEST_DIRECTORY      where `wait` looks for its files
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import mcp_types as types
+
+from tests.support.memory_events import MemoryEventStore
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("TEST_OPTIONS", "{}"))
 LARGE = 4 * 1024 * 1024
@@ -37,7 +40,10 @@ PAYLOADS = {
 
 def durable_app(make: Callable[..., Any]) -> Any:
     """The app that `make` builds with the options of the environment, made durable unless TEST_DURABLE is 0."""
-    app = make(**OPTIONS.get("app", {}))
+    options = dict(OPTIONS.get("app", {}))
+    if OPTIONS.get("memory_events"):
+        options["event_store"] = MemoryEventStore()
+    app = make(**options)
     if os.environ.get("TEST_DURABLE") == "0":
         return app
     from mcp_pg_events import PostgresStore, durable
