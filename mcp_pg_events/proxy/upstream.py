@@ -235,8 +235,9 @@ class Upstream:
         url = self.url
         if query:
             url += ("&" if "?" in url else "?") + query.decode("latin-1")
+        waiting = asyncio.timeout(timeout)
         try:
-            async with asyncio.timeout(timeout) as waiting:
+            async with waiting:
                 response = await self._session.request(
                     method, URL(url, encoded=True), headers=sent, data=body, allow_redirects=False
                 )
@@ -267,7 +268,7 @@ def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
         ("TCP_KEEPIDLE", DEAD_AFTER // 2),
         ("TCP_KEEPINTVL", DEAD_AFTER // 6),
         ("TCP_KEEPCNT", 3),
-        # What was sent and is not acknowledged is sent again for a quarter of an hour otherwise, without probes (tcp(7)).
+        # What is not acknowledged is sent again for a quarter of an hour otherwise, without probes (tcp(7)).
         ("TCP_USER_TIMEOUT", DEAD_AFTER * 1000),
     ):
         # As far as the system has them.

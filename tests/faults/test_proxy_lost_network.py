@@ -11,7 +11,7 @@ import pytest
 from tests.support.calls import Counting
 from tests.support.mcp_http import Session, close_all
 from tests.support.network import Network
-from tests.support.workers import Worker, Workers, run_workers
+from tests.support.workers import Worker, run_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
@@ -75,9 +75,7 @@ async def test_a_call_whose_upstream_is_gone_ends_with_an_error(replica: Worker,
     assert await session.call_result("echo", {"text": "back"}) == "back"
 
 
-async def test_a_call_goes_on_where_it_stopped_when_the_upstreams_host_is_back(
-    replica: Worker, network: Network
-) -> None:
+async def test_a_call_goes_on_when_its_upstreams_host_is_back(replica: Worker, network: Network) -> None:
     session = await Session.initialize(replica.url)
     counting = await Counting.start(session, n=90, seconds=DEAD_AFTER + 15)
     network.cut()
