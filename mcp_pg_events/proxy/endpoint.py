@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
@@ -18,7 +19,7 @@ import anyio
 import pydantic_core
 from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
-from mcp_types import INTERNAL_ERROR, JSONRPCRequest, RequestId
+from mcp_types import INTERNAL_ERROR, JSONRPCRequest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -33,7 +34,7 @@ from ..reader import ReaderOptions
 from ..relayed import RelayedSession
 from ..responses import SESSION_ID, Responses
 from .admission import Admission, Admitted
-from .relay import Asker
+from .relay import CANCELLED, Asker, error_of
 from .relays import Relays
 from .replies import failure, messages_until, passed_on, stored
 from .upstream import EVENT_STREAM, Reply, Upstream, UpstreamFailed
@@ -139,21 +140,31 @@ class ProxyEndpoint:
             return
         stream = call.stream
         answered = False
+        lost = final_error("upstream_lost")
         try:
-            reply = await self._send("POST", session, asker, body)
-            if reply.is_stream and not reply.is_encoded:
+            payload = b""
+            with self._relays.asking(key, message.id) as asked:
+                reply = await self._send("POST", session, asker, body)
+                streams = reply.is_stream and not reply.is_encoded
+                if not streams:
+                    # Some servers send the head of an answer at once, and the body when the tool is done.
+                    payload = await reply.body(max(BODY_TIMEOUT, self._upstream.timeout))
+            if asked.cancelled_caught:
+                lost = CANCELLED
+                raise Answer(Response(error_of(message.id, lost), media_type="application/json"))
+            if streams:
                 subscription = self._hub.subscribe(
                     stream.number, key.session_id, 1, resumable=self._responses.primes(session.protocol_version)
                 )
-                self._relays.read(key, session, stream, message.id, asker, reply)
+                relay = self._relays.read(key, session, stream, message.id, asker, reply)
+                if asked.deadline < math.inf:
+                    relay.cancelled()
                 answered = True
                 with self._relays.waiting(key, session, stream.number, asker):
                     await self._responses.respond(
                         stream, session.protocol_version, subscription, receive, send, patience=AT_ONCE
                     )
                 return
-            # Some servers send the head of an answer at once, and the body when the tool is done.
-            payload = await reply.body(max(BODY_TIMEOUT, self._upstream.timeout))
             is_json = reply.media_type == "application/json" and not reply.is_encoded and b"\0" not in payload
             if reply.status == 200 and is_json:
                 # It may be gone before its client has it, and its id is free again once it is stored.
@@ -164,14 +175,13 @@ class ProxyEndpoint:
             raise Answer(passed_on(reply, payload, key.session_id))
         finally:
             if not answered:
-                await self._free(stream, message.id)
+                await self._free(stream, error_of(message.id, lost))
 
-    async def _free(self, stream: Stream, request_id: RequestId) -> None:
+    async def _free(self, stream: Stream, error: bytes) -> None:
         """End a call that the upstream did not take, before its client hears of it: one that was refused for its token
         sends the same request again at once, with another."""
-        error = {"jsonrpc": "2.0", "id": request_id, "error": final_error("upstream_lost")}
         try:
-            await self._log.append(stream, json.dumps(error).encode(), final=True)
+            await self._log.append(stream, error, final=True)
         except Error as failed:
             logger.debug("Not stored in stream %d: %s", stream.number, failed)
 

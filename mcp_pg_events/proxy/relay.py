@@ -32,7 +32,7 @@ from .upstream import EVENT_STREAM, Reply, Upstream, UpstreamFailed
 if TYPE_CHECKING:
     from ..store import PostgresStore
 
-__all__ = ["Asker", "Relay", "UpstreamSessionGone"]
+__all__ = ["CANCELLED", "CANCELLED_GRACE", "Asker", "Relay", "UpstreamSessionGone", "error_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,14 @@ SILENCE: Final = 30.0
 """After how many silent seconds a resumed connection is made anew: some servers lose what comes while they replay."""
 CANCELLED_GRACE: Final = 5.0
 """How long (seconds) the upstream has for the end of a call that its client has cancelled."""
+
+
+CANCELLED: Final = {"code": REQUEST_CANCELLED, "message": "Request cancelled"}
+
+
+def error_of(request_id: RequestId, error: Mapping[str, Any]) -> bytes:
+    """The error that ends a call."""
+    return json.dumps({"jsonrpc": "2.0", "id": request_id, "error": error}).encode()
 
 
 class UpstreamSessionGone(Exception):
@@ -380,14 +388,9 @@ class Relay:
             await self._leave()
             return
         self._ended = True
-        error = (
-            {"code": REQUEST_CANCELLED, "message": "Request cancelled"}
-            if reason == "cancelled"
-            else final_error(reason)
-        )
-        message = {"jsonrpc": "2.0", "id": self._request_id, "error": error}
+        error = CANCELLED if reason == "cancelled" else final_error(reason)
         try:
-            await self._log.append(self.stream, json.dumps(message).encode(), final=True)
+            await self._log.append(self.stream, error_of(self._request_id, error), final=True)
         except AppendRefused as refused:
             logger.debug("Not stored in stream %d: %s", self.stream.number, refused)
 

@@ -7,7 +7,6 @@ from the upstream be gone, this one claims it and goes on. Next: `relay.py`.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,7 +23,7 @@ from ..finals import final_error
 from ..ids import request_key
 from ..relayed import Claim, RelayedSession
 from ..upkeep import keep_up
-from .relay import Asker, Relay, UpstreamSessionGone
+from .relay import CANCELLED_GRACE, Asker, Relay, UpstreamSessionGone, error_of
 from .upstream import Reply, Upstream
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ class Relays:
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[int, list[tuple[SessionKey, RelayedSession, Asker]]] = {}
         self._claiming: set[int] = set()
+        self._asking: dict[tuple[str, str], anyio.CancelScope] = {}
         self._known: dict[str, RelayedSession] = {}
 
     @asynccontextmanager
@@ -148,7 +148,7 @@ class Relays:
         asker: Asker,
         reply: Reply | None,
         claim: Claim | None = None,
-    ) -> None:
+    ) -> Relay:
         """Read the upstream's answer into a stream of this worker's, for as long as it takes."""
         relay = Relay(
             self._store,
@@ -170,6 +170,7 @@ class Relays:
         task = asyncio.create_task(self._run(relay, reply), name="mcp_pg_events.relay")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return relay
 
     async def _run(self, relay: Relay, reply: Reply | None) -> None:
         try:
@@ -268,9 +269,11 @@ class Relays:
                 logger.debug("Calls that nobody reads could not be ended: %s", error)
 
     async def _lose(self, claim: Claim) -> None:
-        message = {"jsonrpc": "2.0", "id": claim.request_id, "error": final_error("upstream_lost")}
+        assert claim.request_id is not None
         try:
-            await self._store.log.append(claim.stream, json.dumps(message).encode(), final=True)
+            await self._store.log.append(
+                claim.stream, error_of(claim.request_id, final_error("upstream_lost")), final=True
+            )
         except AppendRefused as refused:
             logger.debug("Stream %d has ended already: %s", claim.stream.number, refused)
 
@@ -310,7 +313,21 @@ class Relays:
         )
         return request_id is not None and self._cancel(session_id, request_id)
 
+    @contextmanager
+    def asking(self, key: SessionKey, request_id: RequestId) -> Iterator[anyio.CancelScope]:
+        """While the upstream has not answered a request: a cancellation of it ends the block after a while."""
+        asked = key.session_id, request_key(request_id)
+        with anyio.CancelScope() as scope:
+            self._asking[asked] = scope
+            try:
+                yield scope
+            finally:
+                del self._asking[asked]
+
     def _cancel(self, session_id: str, request_id: RequestId) -> bool:
+        if (scope := self._asking.get((session_id, request_key(request_id)))) is not None:
+            scope.deadline = min(scope.deadline, anyio.current_time() + CANCELLED_GRACE)
+            return True
         for relay in self._relays.values():
             if relay.key.session_id == session_id and relay.answers(request_id):
                 relay.cancelled()
