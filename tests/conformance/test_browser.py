@@ -1,8 +1,7 @@
-"""A page in a browser uses the HTTP proxy from another origin, and survives a connection that is cut."""
+"""A page in a browser uses the HTTP proxy from another origin, and survives a connection that is cut: it comes back to
+another replica."""
 
 from __future__ import annotations
-
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -23,13 +22,12 @@ async def test_a_page_of_another_origin_survives_a_cut_connection(node: Node, mi
     ):
         environment = {"TEST_UPSTREAM": f"{upstream[0].url}/mcp"}
         options = {"proxy": {"cors_origins": [page.origin], "retry": 50}, "loopback": True}
-        async with run_workers("proxied_app", migrated, 1, environment=environment, options=options) as replicas:
-            parts = urlsplit(replicas[0].url)
-            assert parts.hostname is not None and parts.port is not None
-            async with TcpProxy.to(parts.hostname, parts.port) as cable:
+        async with run_workers("proxied_app", migrated, 2, environment=environment, options=options) as replicas:
+            async with TcpProxy.to(replicas[0].host, replicas[0].port) as cable:
                 endpoint = f"http://127.0.0.1:{cable.port}/mcp"
                 async with page.opened(endpoint):
                     assert await page.told("half way", "failed") == {"event": "half way"}
+                    cable.lead(replicas[1].host, replicas[1].port)
                     cable.cut()
                     done = await page.told("done", "failed")
                 assert done["event"] == "done", done

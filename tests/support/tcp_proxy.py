@@ -3,6 +3,7 @@
 async with TcpProxy.to(host, port) as proxy:
     proxy.port              # connect here
     proxy.cut()             # reset every connection; new ones are welcome
+    proxy.lead(host, port)  # new connections go there
     await proxy.refuse()    # stop listening as well: "connection refused"
     proxy.freeze()          # accept, but pass nothing on in either direction
     proxy.mute()            # pass what clients send, and hold the answers back
@@ -70,6 +71,9 @@ class TcpProxy:
         self.thaw()
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    def lead(self, host: str, port: int) -> None:
+        self._target = (host, port)
 
     def cut(self) -> None:
         """Reset all connections on both sides."""
