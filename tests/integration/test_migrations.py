@@ -22,6 +22,7 @@ from mcp_pg_events.partitions import Partition, floor
 from mcp_pg_events.schema import NEEDS, REVISION
 from mcp_pg_events.tables import METADATA
 from tests.support.command import alembic_in_checkout, mcp_pg_events, without_settings
+from tests.support.roles import login_role
 from tests.support.schemas import partitions, query
 
 ROOT = Path(__file__).parents[2]
@@ -244,14 +245,9 @@ def test_a_schema_newer_than_the_package_is_named_as_such(migrated: str) -> None
 
 
 def test_a_role_without_rights_is_told_about_the_script(database: str) -> None:
-    role = "poor_" + database.rpartition("_")[2]
-    with psycopg.connect(database, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(sql.Identifier(role)))
-        try:
-            with pytest.raises(Error, match=r"lacks a right: permission denied for database .*--sql"):
-                migrate.upgrade(make_conninfo(database, user=role, password="x"))
-        finally:
-            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+    refused = pytest.raises(Error, match=r"lacks a right: permission denied for database .*--sql")
+    with login_role(database) as (_, as_role), refused:
+        migrate.upgrade(as_role)
 
 
 def test_a_wrong_address_is_one_sentence_without_the_password() -> None:

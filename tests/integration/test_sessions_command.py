@@ -26,7 +26,7 @@ from tests.support.log import (
     standalone,
     until,
 )
-from tests.support.postgres import PASSWORD, database_name, dsn_url
+from tests.support.roles import login_role
 
 HOSTILE = "\x1b[31mred\x1b[0m [bold]x[/bold] \u202e \r\n\x07"
 
@@ -369,12 +369,9 @@ def test_a_purge_asks_and_where_nobody_can_answer_it_says_so(migrated: str) -> N
 
 
 def test_the_role_of_a_worker_may_look_and_end_and_may_not_purge(migrated: str) -> None:
-    role = f"sessions_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    as_role = dsn_url(migrated, user=role, password=PASSWORD)
     fill(migrated)
     query(migrated, "INSERT INTO events (stream, seq, payload) SELECT number, 1, '{}' FROM streams")
-    try:
+    with login_role(migrated) as (role, as_role):
         ran = sessions(as_role, "list")
         assert (ran.code, ran.out) == (1, "")
         assert "lacks a right: permission denied for schema mcp_events" in ran.err
@@ -387,9 +384,6 @@ def test_the_role_of_a_worker_may_look_and_end_and_may_not_purge(migrated: str) 
         assert "lacks a right: permission denied for table events; use the role that owns the tables." in ran.err
         assert query(migrated, "SELECT floor FROM streams WHERE session_id = 's5'") == [(0,)]
         assert query(migrated, "SELECT count(*) FROM events WHERE payload = '{}'") == [(2,)]
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 def test_a_session_of_another_owner_is_as_good_as_ones_own(migrated: str) -> None:

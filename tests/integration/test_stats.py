@@ -13,7 +13,7 @@ from mcp_pg_events.migrate import upgrade
 from tests.support.ageing import age
 from tests.support.command import mcp_pg_events
 from tests.support.log import NOTE, open_call, open_session, partitions, query, running
-from tests.support.postgres import PASSWORD, database_name, dsn_url
+from tests.support.roles import login_role
 
 pytestmark = pytest.mark.anyio
 
@@ -146,12 +146,7 @@ async def test_no_escape_sequence_reaches_a_terminal(migrated: str) -> None:
 
 
 async def test_the_role_of_a_worker_is_enough(migrated: str) -> None:
-    role = f"stats_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    try:
+    with login_role(migrated) as (role, as_role):
         upgrade(migrated, worker_role=role)
         query(migrated, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, 'x')")
-        assert stats(dsn_url(migrated, user=role, password=PASSWORD))["events"] == 1
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+        assert stats(as_role)["events"] == 1

@@ -26,7 +26,8 @@ from tests.support.log import (
     running,
     standalone,
 )
-from tests.support.postgres import PASSWORD, create_database, database_name, drop_database, dsn_url
+from tests.support.postgres import create_database, database_name, drop_database
+from tests.support.roles import login_role
 
 pytestmark = pytest.mark.anyio
 
@@ -375,11 +376,8 @@ async def test_into_another_schema_and_by_stdin(migrated: str, tmp_path: Path, m
 
 async def test_the_role_of_a_worker_may_export_and_not_import(migrated: str, tmp_path: Path) -> None:
     session, _, _ = await a_session(migrated)
-    role = f"transfer_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    try:
+    with login_role(migrated) as (role, as_role):
         migrate.upgrade(migrated, worker_role=role)
-        as_role = dsn_url(migrated, user=role, password=PASSWORD)
         exported(as_role, session, tmp_path / "file")
         query(migrated, "DELETE FROM events")
         query(migrated, "DELETE FROM streams")
@@ -388,9 +386,6 @@ async def test_the_role_of_a_worker_may_export_and_not_import(migrated: str, tmp
         assert (ran.code, ran.out) == (1, "")
         assert "lacks a right" in ran.err and "use the role that owns the tables" in ran.err
         assert imported(migrated, tmp_path / "file").code == 0
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"[1]\n", b'{"type":"end"}\n', b"{" * 100000])

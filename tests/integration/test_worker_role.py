@@ -8,24 +8,21 @@ from typing import LiteralString
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 
 from mcp_pg_events import migrate
 from mcp_pg_events.schema import REVISION
 from tests.support.command import mcp_pg_events
+from tests.support.roles import login_role
 from tests.support.schemas import query
 
 
 @pytest.fixture
 def worker(migrated: str) -> Iterator[str]:
     """A role with the least privileges, as a DSN."""
-    name = "least " + migrated.rpartition("_")[2]
-    role = sql.Identifier(name)
-    with psycopg.connect(migrated, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'of the worker'").format(role))
-        migrate.upgrade(migrated, worker_role=name)
-        yield make_conninfo(migrated, user=name, password="of the worker")
-        admin.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+    with login_role(migrated) as (role, dsn):
+        migrate.upgrade(migrated, worker_role=role)
+        yield dsn
 
 
 def test_the_least_privileged_role_can_do_a_worker_s_work(worker: str) -> None:
