@@ -10,19 +10,8 @@ import pytest
 
 from tests.support.mcp_http import Session
 from tests.support.scripted_answers import result, sending, whole
-from tests.support.scripted_proxy import (
-    LIMIT,
-    LOST,
-    PATIENCE,
-    assert_free,
-    replica_once,
-    scripted_once,
-    session,
-    upstream,
-)
+from tests.support.scripted_proxy import LIMIT, LOST, PATIENCE, assert_free
 from tests.support.scripted_upstream import Answer, Exchange, ScriptedUpstream
-
-__all__ = ["replica_once", "scripted_once", "session", "upstream"]
 
 pytestmark = pytest.mark.anyio
 

@@ -11,11 +11,8 @@ import pytest
 from tests.support.log import query
 from tests.support.mcp_http import Response, Session
 from tests.support.scripted_answers import cutting, event, going_on, note, sending
-from tests.support.scripted_proxy import scripted_once, upstream
 from tests.support.scripted_upstream import Exchange, ScriptedUpstream
 from tests.support.workers import Workers, run_workers
-
-__all__ = ["scripted_once", "upstream"]
 
 pytestmark = pytest.mark.anyio
 

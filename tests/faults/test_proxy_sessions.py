@@ -9,20 +9,10 @@ import pytest
 from tests.support.log import query
 from tests.support.mcp_http import Session
 from tests.support.scripted_answers import cutting, event, note, result, sending, whole
-from tests.support.scripted_proxy import (
-    assert_free,
-    messages,
-    progress_of,
-    replica_once,
-    scripted_once,
-    session,
-    upstream,
-)
+from tests.support.scripted_proxy import assert_free, messages, progress_of
 from tests.support.scripted_upstream import SESSION, Exchange, ScriptedUpstream
 from tests.support.until import until
 from tests.support.workers import Workers
-
-__all__ = ["replica_once", "scripted_once", "session", "upstream"]
 
 pytestmark = pytest.mark.anyio
 

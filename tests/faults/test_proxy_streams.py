@@ -11,22 +11,9 @@ import pytest
 from mcp_pg_events.proxy.upstream import Upstream
 from tests.support.mcp_http import ConnectionCut, Response, Session, close_all
 from tests.support.scripted_answers import cutting, event, going_on, note, result, sending, whole
-from tests.support.scripted_proxy import (
-    LIMIT,
-    LOST,
-    PATIENCE,
-    assert_free,
-    messages,
-    progress_of,
-    replica_once,
-    scripted_once,
-    session,
-    upstream,
-)
+from tests.support.scripted_proxy import LIMIT, LOST, PATIENCE, assert_free, messages, progress_of
 from tests.support.scripted_upstream import SESSION, Answer, Exchange, ScriptedUpstream
 from tests.support.workers import Workers
-
-__all__ = ["replica_once", "scripted_once", "session", "upstream"]
 
 pytestmark = pytest.mark.anyio
 

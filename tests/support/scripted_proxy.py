@@ -1,6 +1,6 @@
-"""A replica of the HTTP proxy before a scripted upstream, as fixtures of a test module, and what its client gets.
+"""A replica of the HTTP proxy before a scripted upstream, one for a test module, and what its client gets.
 
-A module imports the fixtures that it uses with those that they use, and names all of them in its `__all__`.
+`tests/faults/conftest.py` has the fixtures: `session` at the replica, and its `upstream`, new for each test.
 """
 
 from __future__ import annotations
