@@ -59,6 +59,14 @@ def migrated(postgres_dsn: str, migrated_template: str) -> Iterator[str]:
     drop_database(postgres_dsn, dsn)
 
 
+@pytest.fixture
+def other(postgres_dsn: str, migrated_template: str) -> Iterator[str]:
+    """A second database as `migrated` is one."""
+    dsn = create_database(postgres_dsn, template=database_name(migrated_template))
+    yield dsn
+    drop_database(postgres_dsn, dsn)
+
+
 @pytest.fixture(scope="module")
 def migrated_once(postgres_dsn: str, migrated_template: str) -> Iterator[str]:
     """As `migrated`, one for all tests of a module: each has sessions of its own, and leaves the tables as they are."""

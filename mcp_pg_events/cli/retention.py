@@ -18,7 +18,7 @@ from .options import Dsn, Schema
 if TYPE_CHECKING:
     from ..retention import Outcome, Report
 
-__all__ = ["parse_duration", "retention"]
+__all__ = ["parse_duration", "retention", "span_option"]
 
 TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: something is left, and a later pass will do it."""
@@ -40,17 +40,17 @@ def parse_duration(text: str) -> timedelta:
     return span
 
 
+def span_option(help: str) -> Any:
+    """An option that takes such a span, for the annotation of a parameter."""
+    return typer.Option(metavar="SPAN", parser=parse_duration, help=help, show_default=False)
+
+
 def retention(
     dsn: Dsn = None,
     schema: Schema = None,
     ttl: Annotated[
         timedelta | None,
-        typer.Option(
-            metavar="SPAN",
-            parser=parse_duration,
-            help="How long an event is kept at least: 12h, 7d, 4w. Without it nothing is dropped.",
-            show_default=False,
-        ),
+        span_option("How long an event is kept at least: 12h, 7d, 4w. Without it nothing is dropped."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -14,7 +14,7 @@ import typer
 from ..errors import ConfigurationError
 from . import terminal
 from .options import Dsn, Json, Schema, SessionId
-from .retention import parse_duration
+from .retention import span_option
 from .sessions import desk
 
 __all__ = ["export", "import_"]
@@ -73,12 +73,7 @@ def import_(
     schema: Schema = None,
     ttl: Annotated[
         timedelta | None,
-        typer.Option(
-            metavar="SPAN",
-            parser=parse_duration,
-            help="Count events older than this as expired; give what the retention job is given.",
-            show_default=False,
-        ),
+        span_option("Count events older than this as expired; give what the retention job is given."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -23,22 +23,14 @@ SCRIPT = Path(__file__).with_name("calls.lua")
 
 
 def run(bench: Bench, report: Report) -> None:
-    if (wrk := shutil.which("wrk")) is None:
-        report.notes.append("Not measured: wrk is not installed (`apt-get install wrk`, `brew install wrk`).")
+    if (wrk := find_wrk(report)) is None:
         return
-    seconds = 1 if bench.short else 3
-    counts = (16,) if bench.short else (1, 16, 64)
     subjects = [*SUBJECTS]
     if importlib.util.find_spec("aiosqlite") is not None:
         subjects.append(PERSIST_SQLITE)
     with bench.database() as dsn, contextlib.ExitStack() as stack:
         running = {subject: stack.enter_context(workers(subject, dsn))[0] for subject in subjects}
-        for worker in running.values():
-            drive(wrk, worker, 4, 1)
-        for turn in range(bench.rounds):
-            for count in counts:
-                for subject in rotated(subjects, turn):
-                    report.add(case(count), subject, **drive(wrk, running[subject], count, seconds))
+        counts = measure(bench, report, wrk, running)
     for count in counts:
         ours = (case(count), OURS, "rate_per_s")
         asked = (0.95, 1.7) if count == 16 else (0.0, 0.0)
@@ -46,7 +38,27 @@ def run(bench: Bench, report: Report) -> None:
             if target:
                 against = (case(count), other, "rate_per_s")
                 report.compare(f"rate, {case(count)}, against {other}", ours, against, "at least", target)
+
+
+def find_wrk(report: Report) -> str | None:
+    """The program; without it the report says that nothing was measured."""
+    if (wrk := shutil.which("wrk")) is None:
+        report.notes.append("Not measured: wrk is not installed (`apt-get install wrk`, `brew install wrk`).")
+    return wrk
+
+
+def measure(bench: Bench, report: Report, wrk: str, running: dict[str, Worker]) -> tuple[int, ...]:
+    """Report how fast each worker is for each number of connections, and return those numbers."""
+    seconds = 1 if bench.short else 3
+    counts = (16,) if bench.short else (1, 16, 64)
+    for worker in running.values():
+        drive(wrk, worker, 4, 1)
+    for turn in range(bench.rounds):
+        for count in counts:
+            for subject in rotated([*running], turn):
+                report.add(case(count), subject, **drive(wrk, running[subject], count, seconds))
     report.charts.append(Chart("Tool calls per second", "rate_per_s"))
+    return counts
 
 
 def case(count: int) -> str:

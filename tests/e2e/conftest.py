@@ -1,14 +1,18 @@
-"""Fixtures for tests that drive worker processes."""
+"""Fixtures for tests that drive worker processes, and commands that serve."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.mcp_http import close_all
 from tests.support.postgres import create_database, database_name, drop_database
+from tests.support.served import Served
 from tests.support.workers import Workers, run_workers
 
 StartWorkers = Callable[..., Awaitable[Workers]]
@@ -65,3 +69,31 @@ async def shared_workers(running_workers: SharedWorkers) -> AsyncIterator[Shared
     close_all()
     for workers in used:
         workers.show()
+
+
+Proxy = Callable[..., Served]
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    """`proxy("--dsn", dsn, "--", *program)`: the command in a process of its own, on a free port."""
+    started: list[Served] = []
+
+    def start(*arguments: str, **environment: str) -> Served:
+        log = tmp_path / f"log-{len(started)}"
+        environment["TEST_DIRECTORY"] = str(tmp_path)
+        started.append(Served.start(log, "proxy", "--port", "0", *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory under a short path, which is gone afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix="mcp-pg-events-test-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)

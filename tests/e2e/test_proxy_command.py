@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.e2e.test_proxy_stdio import UNREACHABLE, Proxy, proxy, url_of
+from tests.e2e.conftest import Proxy
 from tests.support.command import mcp_pg_events, without_settings
 from tests.support.mcp_http import Session, request
+from tests.support.served import UNREACHABLE, url_of
 from tests.support.workers import Workers, run_workers
-
-__all__ = ["proxy"]
 
 pytestmark = pytest.mark.anyio
 

@@ -7,55 +7,22 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_serve import Served, home
-from tests.support.command import mcp_pg_events, without_settings
+from tests.e2e.conftest import Proxy
+from tests.support.command import mcp_pg_events
 from tests.support.mcp_http import Session
 from tests.support.processes import gone
 from tests.support.programs import pid_of
+from tests.support.served import UNREACHABLE, url_of
 from tests.support.until import until
-
-__all__ = ["home"]
 
 pytestmark = pytest.mark.anyio
 
 PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "servers" / "stdio_program.py")]
-UNREACHABLE = "postgresql://u:secret@127.0.0.1:1/x"
-
-Proxy = Callable[..., Served]
-
-
-@pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Proxy]:
-    started: list[Served] = []
-
-    def start(*arguments: str, **environment: str) -> Served:
-        log = tmp_path / f"log-{len(started)}"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mcp_pg_events", "proxy", "--port", "0", *arguments],
-                env=without_settings(TEST_DIRECTORY=str(tmp_path), **environment),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        started.append(Served(process, log))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.process.kill()
-        each.process.wait()
-
-
-async def url_of(proxied: Served) -> str:
-    """Where it serves, without the endpoint's path."""
-    return (await asyncio.to_thread(proxied.url)).rpartition("/")[0]
 
 
 async def test_two_replicas_on_one_database_stand_in_for_each_other(

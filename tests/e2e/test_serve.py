@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +22,8 @@ from uvicorn.config import STARTUP_FAILURE
 
 from mcp_pg_events import embedded
 from mcp_pg_events.cli import application
-from tests.support.command import mcp_pg_events, without_settings
+from tests.support.command import mcp_pg_events
+from tests.support.served import PATIENCE, UNREACHABLE, Served
 
 MODULE = """
 import os
@@ -70,8 +68,6 @@ def broken():
 def make_number():
     return number
 """
-PATIENCE = 90  # seconds; a busy machine is no failure, and whoever waits notices when a process has ended
-UNREACHABLE = "postgresql://u:secret@127.0.0.1:1/x"
 FASTMCP_MODULE = """
 import os
 from fastmcp import FastMCP
@@ -82,49 +78,6 @@ fast = FastMCP("served-fast")
 def whoami() -> str:
     return f"{os.getpid()}"
 """
-
-
-class Served:
-    """A running `serve`."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process = process
-        self.log = log
-
-    def url(self) -> str:
-        """Where it serves, once it does."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if found := re.search(r"Serving \S+ with .* at (http\S+)", self.log.read_text()):
-                host, port = re.findall(r"//(.*):(\d+)/", found[1])[0]
-                try:
-                    socket.create_connection((host, int(port)), timeout=1).close()
-                    return found[1]
-                except OSError:
-                    pass
-            time.sleep(0.05)
-        raise AssertionError(f"it does not serve:\n{self.log.read_text()}")
-
-    def replacement_of(self, workers: list[int]) -> int:
-        """The process that came for one of `workers`."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if new := set(self.workers()) - set(workers):
-                return new.pop()
-            time.sleep(0.05)
-        raise AssertionError(f"no worker came:\n{self.log.read_text()}")
-
-    def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        # multiprocessing's resource tracker is a child too
-        return [int(pid) for pid in children if "spawn_main" in _command_line(pid)]
-
-
-def _command_line(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:  # it has just ended
-        return ""
 
 
 Serve = Callable[..., Served]
@@ -146,15 +99,8 @@ def serve(directory: Path) -> Iterator[Serve]:
 
     def start(*arguments: str, **environment: str) -> Served:
         log = directory / f"log-{len(started)}"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mcp_pg_events", "serve", *arguments],
-                cwd=directory,
-                env=without_settings(PYTHONPATH=os.pathsep.join(path for path in sys.path if path), **environment),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        started.append(Served(process, log))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        started.append(Served.start(log, "serve", *arguments, directory=directory, **environment))
         return started[-1]
 
     yield start
@@ -166,13 +112,6 @@ def serve(directory: Path) -> Iterator[Serve]:
             except subprocess.TimeoutExpired:
                 served.process.kill()
                 served.process.wait()
-
-
-@pytest.fixture
-def home() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="mcp-pg-events-test-"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def call(url: str, times: int = 1) -> list[int]:

@@ -14,9 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from mcp_pg_events import migrate
 from mcp_pg_events.schema import REVISION
@@ -25,7 +23,7 @@ from tests.support.command import without_settings
 from tests.support.history import checkout_of
 from tests.support.log import assert_no_deadlocks, assert_streams_are_whole, query
 from tests.support.mcp_http import Session, close_all
-from tests.support.postgres import PASSWORD
+from tests.support.roles import login_role
 from tests.support.until import until
 from tests.support.workers import Workers, run_workers
 
@@ -60,13 +58,9 @@ def migrate_as_of(root: Path, dsn: str, role: str) -> None:
 @pytest.fixture
 def as_of_old(database: str, old: Path) -> Iterator[tuple[str, str]]:
     """The DSN of a database that the old code has migrated, and a role for workers."""
-    role = "upgraded_" + database.rpartition("_")[2]
-    name = psycopg.sql.Identifier(role)
-    with psycopg.connect(database, autocommit=True) as admin:
-        admin.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(name, PASSWORD))
+    with login_role(database) as (role, dsn):
         migrate_as_of(old, database, role)
-        yield make_conninfo(database, user=role, password=PASSWORD), role
-        admin.execute(psycopg.sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(name))
+        yield dsn, role
 
 
 @contextlib.asynccontextmanager

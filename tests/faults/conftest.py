@@ -1,4 +1,4 @@
-"""The worker processes of `tests/e2e`, for tests that hurt them, and PostgreSQL servers that may be hurt."""
+"""The worker processes of `tests/e2e`, for tests that hurt them, and PostgreSQL servers and upstreams that obey."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import pytest
 
 from tests.e2e.conftest import running_workers, shared_workers, start_workers
 from tests.support.mcp_http import close_all
+from tests.support.scripted_proxy import replica_once, scripted_once, session, upstream
 from tests.support.servers import Cluster, Server, migrated_cluster
 from tests.support.workers import Workers, run_workers
 
-__all__ = ["running_workers", "shared_workers", "start_workers"]
+__all__ = [
+    "replica_once",
+    "running_workers",
+    "scripted_once",
+    "session",
+    "shared_workers",
+    "start_workers",
+    "upstream",
+]
 
 StartServer = Callable[..., Awaitable[Server]]
 WorkersOn = Callable[..., Awaitable[Workers]]

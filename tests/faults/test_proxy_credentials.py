@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_proxy_upstream import cutting, event, going_on, note, sending
 from tests.support.log import query
-from tests.support.mcp_http import Response, Session, close_all
+from tests.support.mcp_http import Response, Session
+from tests.support.scripted_answers import cutting, event, going_on, note, sending
 from tests.support.scripted_upstream import Exchange, ScriptedUpstream
 from tests.support.workers import Workers, run_workers
 
@@ -44,23 +44,10 @@ class Guard:
 
 
 @pytest.fixture(scope="module")
-async def scripted_once(anyio_backend: str) -> AsyncIterator[ScriptedUpstream]:
-    async with ScriptedUpstream.running() as upstream:
-        yield upstream
-
-
-@pytest.fixture(scope="module")
 async def replicas(scripted_once: ScriptedUpstream, migrated_once: str) -> AsyncIterator[Workers]:
     environment = {"TEST_UPSTREAM": scripted_once.url}
     async with run_workers("proxied_app", migrated_once, 2, environment=environment, options=OPTIONS) as workers:
         yield workers
-
-
-@pytest.fixture
-async def upstream(scripted_once: ScriptedUpstream) -> AsyncIterator[ScriptedUpstream]:
-    yield scripted_once
-    close_all()
-    scripted_once.forget()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from tests.faults.test_death import trusted
 from tests.support.deployments import rows_of
 from tests.support.mcp_http import Response, Session, close_all
-from tests.support.postgres import create_database, database_name, drop_database
 from tests.support.sse import Event
 from tests.support.until import until
 from tests.support.workers import Workers, run_workers
@@ -22,14 +21,6 @@ pytestmark = pytest.mark.anyio
 
 N = 60
 ARGUMENTS = {"n": N, "seconds": 4.0}
-
-
-@pytest.fixture
-def other(postgres_dsn: str, migrated_template: str):  # type: ignore[no-untyped-def]  # a generator, as in conftest
-    """The upstream's own database."""
-    dsn = create_database(postgres_dsn, template=database_name(migrated_template))
-    yield dsn
-    drop_database(postgres_dsn, dsn)
 
 
 @asynccontextmanager

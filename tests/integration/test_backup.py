@@ -37,7 +37,7 @@ def tools(postgres_dsn: str) -> Path:
     with psycopg.connect(postgres_dsn) as connection:
         server = connection.info.server_version // 10000
     given = os.environ.get(support.BINARIES)
-    places = [Path(given)] if given else [support._embedded_binaries(), *Path("/usr/lib/postgresql").glob("*/bin")]
+    places = [Path(given)] if given else [support.embedded_binaries(), *Path("/usr/lib/postgresql").glob("*/bin")]
     for place in places:
         if place is not None and (place / "pg_dump").exists():
             said = subprocess.run([place / "pg_dump", "--version"], capture_output=True, text=True, check=True).stdout

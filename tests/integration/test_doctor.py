@@ -15,6 +15,7 @@ from tests.support.ageing import age
 from tests.support.command import mcp_pg_events
 from tests.support.log import query
 from tests.support.postgres import PASSWORD, database_name, dsn_url
+from tests.support.roles import login_role
 
 
 def examine(dsn: str, schema: str = "mcp_events") -> dict[str, Check]:
@@ -113,10 +114,7 @@ def test_settings_that_bite_are_found(migrated: str, change: LiteralString, name
 def test_a_worker_role_is_enough_and_one_without_rights_is_told_which(migrated: str) -> None:
     from mcp_pg_events.migrate import upgrade
 
-    role = f"doctor_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    as_role = dsn_url(migrated, user=role, password=PASSWORD)
-    try:
+    with login_role(migrated) as (role, as_role):
         check = examine(as_role)["schema"]
         assert (check.status, check.found) == ("fail", "the role may not read schema mcp_events")
         upgrade(migrated, worker_role=role)
@@ -124,9 +122,6 @@ def test_a_worker_role_is_enough_and_one_without_rights_is_told_which(migrated: 
         query(migrated, sql.SQL("REVOKE INSERT ON events FROM {}").format(sql.Identifier(role)))
         check = examine(as_role)["role"]
         assert (check.status, check.found) == ("fail", "the role lacks INSERT on events")
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 def test_a_notification_that_does_not_come_back_fails(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:

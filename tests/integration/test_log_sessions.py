@@ -6,10 +6,8 @@ import asyncio
 import json
 from typing import Any
 
-import psycopg
 import pytest
 from mcp.server.lowlevel import Server
-from psycopg.conninfo import make_conninfo
 
 from mcp_pg_events import PostgresStore, durable, migrate
 from mcp_pg_events.backend import CursorRejected, SessionKey, SessionUnknown
@@ -26,6 +24,7 @@ from tests.support.log import (
     standalone,
     stored,
 )
+from tests.support.roles import login_role
 
 pytestmark = pytest.mark.anyio
 
@@ -99,13 +98,9 @@ def any_role(request: pytest.FixtureRequest, migrated: str) -> Any:
     if request.param == "owner":
         yield migrated
         return
-    name = "least " + migrated.rpartition("_")[2]
-    role = psycopg.sql.Identifier(name)
-    with psycopg.connect(migrated, autocommit=True) as admin:
-        admin.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'of the worker'").format(role))
-        migrate.upgrade(migrated, worker_role=name)
-        yield make_conninfo(migrated, user=name, password="of the worker")
-        admin.execute(psycopg.sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+    with login_role(migrated) as (role, dsn):
+        migrate.upgrade(migrated, worker_role=role)
+        yield dsn
 
 
 async def test_an_append_makes_the_partition_that_is_missing(migrated: str, any_role: str) -> None:

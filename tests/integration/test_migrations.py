@@ -1,15 +1,13 @@
-"""The schema: made, checked, rendered, removed, shared, and used by a role that owns nothing."""
+"""The schema: made, checked, rendered, removed, and beside others in one database."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -20,22 +18,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcp_pg_events import migrate
 from mcp_pg_events.errors import ConfigurationError, DatabaseUnavailable, Error, WorkerTooOld
-from mcp_pg_events.partitions import INTERVALS, Interval, Partition, Policy, ceiling, floor, parse_name, plan
+from mcp_pg_events.partitions import Partition, floor
 from mcp_pg_events.schema import NEEDS, REVISION
 from mcp_pg_events.tables import METADATA
 from tests.support.command import alembic_in_checkout, mcp_pg_events, without_settings
+from tests.support.roles import login_role
+from tests.support.schemas import partitions, query
 
 ROOT = Path(__file__).parents[2]
 
 ODD_NAMES = ['it\'s "we"ird": :c %s %% {x} back\\slash \\:x', "$mcp_pg_events$ schéma", "select", "x" * 63]
-
-
-def query(dsn: str, statement: LiteralString, schema: str = "mcp_events", **parameters: object) -> list[Any]:
-    """Run a statement in a schema; the first column of each row."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(schema)))
-        cursor = connection.execute(statement, parameters or None)
-        return [row[0] for row in cursor] if cursor.description else []
 
 
 def relations(dsn: str) -> list[str]:
@@ -48,22 +40,6 @@ def relations(dsn: str) -> list[str]:
            JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
            UNION ALL SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
            ORDER BY 1""",
-    )
-
-
-def partitions(database: str | psycopg.Connection[Any], schema: str = "mcp_events") -> list[Partition]:
-    """The partitions of events, by their bounds."""
-    if isinstance(database, str):
-        with psycopg.connect(database) as connection:
-            return partitions(connection, schema)
-    bounds = database.execute(
-        """SELECT regexp_match(pg_get_expr(c.relpartbound, c.oid), '''(.*)''.*''(.*)''')
-           FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid
-           WHERE inhparent = (quote_ident(%s) || '.events')::regclass""",
-        [schema],
-    )
-    return sorted(
-        Partition(datetime.fromisoformat(lower), datetime.fromisoformat(upper)) for ((lower, upper),) in bounds
     )
 
 
@@ -259,175 +235,7 @@ def test_a_conninfo_string_is_as_good_as_a_uri(database: str) -> None:
     assert migrate.current(make_conninfo(database)) == REVISION
 
 
-# Partitions
-
-
-@pytest.mark.parametrize("interval", INTERVALS)
-def test_the_function_makes_what_the_plan_says(database: str, interval: Interval) -> None:
-    migrate.upgrade(database, partition_interval=interval)
-    assert len(partitions(database)) == 3
-    with psycopg.connect(database) as connection:  # one transaction, and so one now()
-
-        def ensure() -> int:
-            return int(connection.execute("SELECT mcp_events.ensure_partitions(3)").fetchone()[0])  # type: ignore[index]
-
-        now = connection.execute("SELECT now()").fetchone()[0]  # type: ignore[index]
-        for changed in INTERVALS:
-            connection.execute("UPDATE mcp_events.settings SET partition_interval = %s", [changed])
-            before = partitions(connection)
-            expected = plan(now, before, Policy(changed, 3)).create
-            assert ensure() == len(expected)
-            assert partitions(connection) == sorted([*before, *expected])
-            assert ensure() == 0
-
-
-def test_the_bounds_are_utc_whatever_the_session_says(database: str) -> None:
-    migrate.upgrade(database)
-    with psycopg.connect(
-        database, autocommit=True, options="-c timezone=Asia/Kolkata -c datestyle=SQL,DMY"
-    ) as connection:
-        assert connection.execute("SELECT mcp_events.ensure_partitions(4)").fetchone() == (2,)
-        assert connection.execute("SELECT mcp_events.ensure_partitions(4)").fetchone() == (0,)
-    days = partitions(database)
-    assert len(days) == 5
-    assert all(day.lower == floor(day.lower, "day") and day.upper == ceiling(day.lower, "day") for day in days)
-
-
-def test_a_detached_partition_does_not_keep_its_successor_from_being_made(migrated: str) -> None:
-    name = partitions(migrated)[0].name
-    with psycopg.connect(migrated, autocommit=True) as connection:
-        detach = sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION {}")
-        connection.execute(detach.format(sql.Identifier("mcp_events", name)))
-    assert query(migrated, "SELECT ensure_partitions()") == [1]
-    names = query(migrated, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'events'::regclass")
-    assert f"{name}_2" in names
-    assert all(parse_name(made) is not None for made in names)
-    query(migrated, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, '{}')")
-
-
-def test_many_workers_at_once_make_each_partition_once(migrated: str) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: query(migrated, "SELECT ensure_partitions(20)")[0], range(8)))
-    assert sorted(made) == [0] * 7 + [18]
-
-
-def test_making_a_partition_waits_for_no_reader_and_no_writer(migrated: str) -> None:
-    with psycopg.connect(migrated) as busy, psycopg.connect(migrated, autocommit=True) as maker:
-        busy.execute("INSERT INTO mcp_events.events (stream, seq, payload) VALUES (1, 1, '{}')")
-        busy.execute("SELECT * FROM mcp_events.events")
-        maker.execute("SET lock_timeout = '2s'")
-        assert maker.execute("SELECT mcp_events.ensure_partitions(5)").fetchone() == (3,)
-
-
-def test_when_nothing_is_missing_no_lock_is_taken(migrated: str) -> None:
-    with psycopg.connect(migrated) as connection:
-        connection.execute("SELECT mcp_events.ensure_partitions()")
-        held = connection.execute(
-            """SELECT locktype, relation::regclass::text FROM pg_locks
-               WHERE pid = pg_backend_pid()
-               AND (locktype = 'advisory' OR relation IN (SELECT inhrelid FROM pg_inherits))"""
-        ).fetchall()
-    assert held == []
-
-
-# The worker's role
-
-
-@pytest.fixture
-def worker(migrated: str) -> Iterator[str]:
-    """A role with the least privileges, as a DSN."""
-    name = "least " + migrated.rpartition("_")[2]
-    role = sql.Identifier(name)
-    with psycopg.connect(migrated, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'of the worker'").format(role))
-        migrate.upgrade(migrated, worker_role=name)
-        yield make_conninfo(migrated, user=name, password="of the worker")
-        admin.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
-
-
-def test_the_least_privileged_role_can_do_a_worker_s_work(worker: str) -> None:
-    query(worker, "INSERT INTO workers (host, pid, revision) VALUES ('h', 1, '0001')")
-    query(worker, "SELECT number FROM workers FOR UPDATE")
-    query(worker, "INSERT INTO sessions (id, server) VALUES ('s', 'x')")
-    query(worker, "INSERT INTO streams (session_id, request_key) VALUES ('s', '1')")
-    query(worker, "UPDATE streams SET final_seq = 1")
-    query(worker, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, '{}')")
-    query(worker, "INSERT INTO inbox (worker, session_id, payload) VALUES (1, 's', '{}')")
-    for table in ("inbox", "streams", "sessions", "workers"):
-        with psycopg.connect(worker) as connection:
-            connection.execute(sql.SQL("DELETE FROM mcp_events.{}").format(sql.Identifier(table)))
-    assert query(worker, "SELECT payload FROM events") == ["{}"]
-    assert query(worker, "SELECT version_num FROM alembic_version") == [REVISION]
-    assert query(worker, "SELECT oldest_worker FROM settings") == ["0001"]
-    assert query(worker, "SELECT ensure_partitions(6)") == [4]
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "DROP TABLE events",
-        "ALTER TABLE events ADD COLUMN x text",
-        "DELETE FROM events",
-        "UPDATE events SET payload = 'x'",
-        "TRUNCATE events",
-        "UPDATE settings SET oldest_worker = '9999'",
-        "UPDATE alembic_version SET version_num = '0000'",
-        "CREATE TABLE mine (id integer)",
-        "CREATE OR REPLACE FUNCTION ensure_partitions(ahead integer DEFAULT 2) RETURNS integer RETURN 1",
-        "DROP FUNCTION ensure_partitions(integer)",
-        "DO $$ BEGIN EXECUTE (SELECT format('SELECT * FROM %s', min(inhrelid)::regclass) FROM pg_inherits); END $$",
-    ],
-)
-def test_the_least_privileged_role_can_do_nothing_else(worker: str, statement: LiteralString) -> None:
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        query(worker, statement)
-
-
-def test_a_worker_s_temporary_tables_do_not_reach_the_function_that_runs_as_the_owner(worker: str) -> None:
-    with psycopg.connect(worker, autocommit=True) as connection:
-        connection.execute("CREATE TEMPORARY TABLE settings (partition_interval text)")
-        connection.execute("CREATE TEMPORARY TABLE events (created_at timestamptz) PARTITION BY RANGE (created_at)")
-        connection.execute("SET search_path = pg_temp, mcp_events")
-        assert connection.execute("SELECT mcp_events.ensure_partitions(3)").fetchone() == (1,)
-        owners = connection.execute("SELECT count(*) FROM pg_inherits WHERE inhparent = 'events'::regclass").fetchone()
-        assert owners == (0,)
-
-
-def test_a_role_that_does_not_exist_is_named_with_what_to_do(database: str) -> None:
-    ran = mcp_pg_events("migrate", "--worker-role", "nobody here", MCP_PG_EVENTS_DSN=database)
-    assert ran.code == 1
-    assert ran.err == (
-        "mcp-pg-events: Schema mcp_events is migrated, but there is no role 'nobody here' to grant anything to: "
-        "CREATE ROLE it, and run this again.\n"
-    )
-    assert migrate.current(database) == REVISION
-
-
-def test_a_role_without_the_grant_cannot_make_partitions(migrated: str, worker: str) -> None:
-    role = sql.Identifier(str(conninfo_to_dict(worker)["user"]))
-    with psycopg.connect(migrated, autocommit=True) as admin:
-        revoke = sql.SQL("REVOKE EXECUTE ON FUNCTION mcp_events.ensure_partitions(integer) FROM {}")
-        admin.execute(revoke.format(role))
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        query(worker, "SELECT ensure_partitions()")
-
-
-def test_the_script_for_a_dba_grants_the_role_too(database: str) -> None:
-    script = migrate.render(schema='we"ird', worker_role='r"ole', partition_interval="month")
-    assert 'GRANT USAGE ON SCHEMA "we""ird" TO "r""ole"' in script
-    assert "VALUES ('month', '0001')" in script
-
-
 # Errors
-
-
-def test_a_later_interval_holds_for_the_partitions_to_come(migrated: str) -> None:
-    before = partitions(migrated)
-    migrate.upgrade(migrated, partition_interval="hour")
-    assert query(migrated, "SELECT partition_interval FROM settings") == ["hour"]
-    assert partitions(migrated) == before
-    query(migrated, "SELECT ensure_partitions(100)")
-    assert len(partitions(migrated)) > len(before) + 20
 
 
 def test_a_schema_newer_than_the_package_is_named_as_such(migrated: str) -> None:
@@ -437,14 +245,9 @@ def test_a_schema_newer_than_the_package_is_named_as_such(migrated: str) -> None
 
 
 def test_a_role_without_rights_is_told_about_the_script(database: str) -> None:
-    role = "poor_" + database.rpartition("_")[2]
-    with psycopg.connect(database, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(sql.Identifier(role)))
-        try:
-            with pytest.raises(Error, match=r"lacks a right: permission denied for database .*--sql"):
-                migrate.upgrade(make_conninfo(database, user=role, password="x"))
-        finally:
-            admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+    refused = pytest.raises(Error, match=r"lacks a right: permission denied for database .*--sql")
+    with login_role(database) as (_, as_role), refused:
+        migrate.upgrade(as_role)
 
 
 def test_a_wrong_address_is_one_sentence_without_the_password() -> None:

@@ -20,6 +20,7 @@ from mcp_pg_events.retention import Report
 from tests.support.ageing import DAYS, age
 from tests.support.log import partitions, query
 from tests.support.retaining import appending, reading, results
+from tests.support.roles import login_role
 
 SCHEMA = "mcp_events"
 WEEK = timedelta(days=7)
@@ -261,16 +262,11 @@ def test_what_cannot_work_is_said_in_a_sentence(database: str, migrated: str) ->
         run(database)
     with pytest.raises(ConfigurationError, match="one day long"):
         run(migrated, timedelta(hours=23))
-    query(migrated, "CREATE ROLE retention_reader LOGIN PASSWORD 'x'")
-    try:
-        query(migrated, "GRANT USAGE ON SCHEMA mcp_events TO retention_reader")
-        query(migrated, "GRANT SELECT ON mcp_events.settings TO retention_reader")
-        dsn = psycopg.conninfo.make_conninfo(migrated, user="retention_reader", password="x")
+    with login_role(migrated) as (role, as_role):
+        for grant in ("GRANT USAGE ON SCHEMA mcp_events TO {}", "GRANT SELECT ON mcp_events.settings TO {}"):
+            query(migrated, psycopg.sql.SQL(grant).format(psycopg.sql.Identifier(role)))
         with pytest.raises(Error, match="use the role that owns the tables"):
-            run(dsn)
-    finally:
-        query(migrated, "DROP OWNED BY retention_reader")
-        query(migrated, "DROP ROLE retention_reader")
+            run(as_role)
 
 
 def test_a_new_interval_holds_for_the_partitions_to_come(migrated: str) -> None:

@@ -28,7 +28,7 @@ from mcp_pg_events.retention import MARK, Report
 from tests.support.ageing import DAYS, age
 from tests.support.command import mcp_pg_events, without_settings
 from tests.support.log import partitions, query, running, until
-from tests.support.retaining import appending, reading, results
+from tests.support.retaining import appending, detach_and_give_up, reading, results
 
 WEEK = timedelta(days=7)
 TRY_AGAIN = 75
@@ -47,19 +47,6 @@ def command(dsn: str, *options: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
-
-
-def detach_and_give_up(dsn: str, name: str) -> None:
-    """What is left of a DBA's DETACH CONCURRENTLY that met a reader: the partition is hidden, and stands."""
-    with reading(dsn), psycopg.connect(dsn, autocommit=True) as dba:
-        dba.execute("SET lock_timeout = '100ms'")
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            dba.execute(
-                sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION mcp_events.{} CONCURRENTLY").format(
-                    sql.Identifier(name)
-                )
-            )
-    assert query(dsn, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhdetachpending") == [(name,)]
 
 
 def count(dsn: str, name: str) -> int:

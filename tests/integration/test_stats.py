@@ -7,13 +7,13 @@ import json
 from typing import Any
 
 import pytest
-from psycopg import sql
 
 from mcp_pg_events.migrate import upgrade
 from tests.support.ageing import age
 from tests.support.command import mcp_pg_events
 from tests.support.log import NOTE, open_call, open_session, partitions, query, running
-from tests.support.postgres import PASSWORD, database_name, dsn_url
+from tests.support.retaining import detach_and_give_up
+from tests.support.roles import login_role
 
 pytestmark = pytest.mark.anyio
 
@@ -113,19 +113,9 @@ async def test_a_chart_and_whole_lines_for_a_pipe(migrated: str) -> None:
 
 
 async def test_a_hidden_partition_counts_as_going(migrated: str) -> None:
-    import psycopg
-
     age(migrated, days=3, events=30)
     old = partitions(migrated)[0]
-    with psycopg.connect(migrated) as reader, psycopg.connect(migrated, autocommit=True) as job:
-        reader.execute("SELECT count(*) FROM mcp_events.events")
-        job.execute("SET lock_timeout = '100ms'")
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            job.execute(
-                sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION {} CONCURRENTLY").format(
-                    sql.Identifier("mcp_events", old)
-                )
-            )
+    detach_and_give_up(migrated, old)
     first = stats(migrated)["partitions"][0]
     assert (first["name"], first["going"], first["estimated"]) == (old, True, True)
 
@@ -146,12 +136,7 @@ async def test_no_escape_sequence_reaches_a_terminal(migrated: str) -> None:
 
 
 async def test_the_role_of_a_worker_is_enough(migrated: str) -> None:
-    role = f"stats_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    try:
+    with login_role(migrated) as (role, as_role):
         upgrade(migrated, worker_role=role)
         query(migrated, "INSERT INTO events (stream, seq, payload) VALUES (1, 1, 'x')")
-        assert stats(dsn_url(migrated, user=role, password=PASSWORD))["events"] == 1
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+        assert stats(as_role)["events"] == 1

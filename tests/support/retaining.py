@@ -1,4 +1,4 @@
-"""What happens beside a retention pass: somebody who reads, somebody who stores; and what it came to."""
+"""What happens beside a retention pass: somebody who reads, stores or detaches; and what the pass came to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
+import pytest
+from psycopg import sql
 
 from mcp_pg_events.retention import Report
+from tests.support.log import query
 
 
 def results(report: Report) -> dict[str, int]:
@@ -24,6 +27,19 @@ def reading(dsn: str) -> Iterator[None]:
         connection.execute("SELECT count(*) FROM mcp_events.events").fetchone()
         yield
         connection.rollback()
+
+
+def detach_and_give_up(dsn: str, name: str) -> None:
+    """What is left of a DBA's DETACH CONCURRENTLY that met a reader: the partition is hidden, and stands."""
+    with reading(dsn), psycopg.connect(dsn, autocommit=True) as dba:
+        dba.execute("SET lock_timeout = '100ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            dba.execute(
+                sql.SQL("ALTER TABLE mcp_events.events DETACH PARTITION mcp_events.{} CONCURRENTLY").format(
+                    sql.Identifier(name)
+                )
+            )
+    assert query(dsn, "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhdetachpending") == [(name,)]
 
 
 @contextmanager

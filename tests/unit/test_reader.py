@@ -99,11 +99,7 @@ async def test_a_gap_before_what_comes_live_is_filled_from_the_log() -> None:
 async def test_a_gap_between_live_events_is_filled_from_the_log() -> None:
     """A stream with several writers, and a client so slow that this worker's events of two flushes wait for it."""
     async with reading() as r:
-        r.live(1)
-        await r.client.until(1)
-        r.client.taking.clear()
-        r.live(1)
-        await r.client.blocked.wait()
+        await r.stall()
         r.live(1)
         r.log.grow(1)
         r.live(2, final=True)
@@ -128,11 +124,7 @@ async def test_a_client_that_takes_nothing_is_held_in_bounds_and_then_caught_up_
     size = 10_000
     count = 5 * BUFFER_BYTES // size
     async with reading() as r:
-        r.live(1)
-        await r.client.until(1)
-        r.client.taking.clear()
-        r.live(1)
-        await r.client.blocked.wait()
+        await r.stall()
         for _ in range(count):
             r.live(1, size=size)
             assert sum(len(event.payload) for event in r.subscription.events) <= BUFFER_BYTES
@@ -153,11 +145,7 @@ def short_close_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reason", ["superseded", "closed", "drained", "ended"])
 async def test_a_client_that_takes_nothing_does_not_hold_up_the_end(reason: EndReason) -> None:
     async with reading() as r:
-        r.live(1)
-        await r.client.until(1)
-        r.client.taking.clear()
-        r.live(1)
-        await r.client.blocked.wait()
+        await r.stall()
         r.subscription.end(reason)
         await r.end()
 
@@ -172,11 +160,7 @@ async def test_an_end_that_comes_before_the_response_has_begun_is_bounded_too() 
 
 async def test_a_client_that_goes_ends_the_response_at_once() -> None:
     async with reading() as r:
-        r.live(1)
-        await r.client.until(1)
-        r.client.taking.clear()
-        r.live(1)
-        await r.client.blocked.wait()
+        await r.stall()
         r.client.gone.set()
         await r.end()
     assert not r.reader.complete
