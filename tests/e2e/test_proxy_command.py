@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 
@@ -91,3 +92,19 @@ def test_what_is_wrong_is_said_in_one_sentence() -> None:
         assert mcp_pg_events("proxy", *arguments).code == 2, arguments
     assert mcp_pg_events("proxy", "--upstream", "http://x/mcp", "--max-processes", "3").code == 2
     assert mcp_pg_events("proxy", "--insecure", "--", "ls").code == 2
+
+
+@pytest.mark.parametrize("more", [["--check"], ["--check", "--json"], ["--port", "0", "--dsn", UNREACHABLE]])
+def test_without_the_extra_it_says_how_to_get_it(more: list[str]) -> None:
+    program = "import sys; sys.modules['aiohttp'] = None\nfrom mcp_pg_events.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "proxy", "--upstream", "http://127.0.0.1:1/mcp", *more],
+        env=without_settings(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        "mcp-pg-events: An upstream over HTTP needs the `proxy` extra: pip install 'mcp-pg-events[proxy]'.\n"
+    )
