@@ -44,7 +44,7 @@ def proxy(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The MCP endpoint of a server that speaks Streamable HTTP, such as http://127.0.0.1:3000/mcp.",
+            help="The MCP endpoint of a server that speaks Streamable HTTP, such as http://host:3000/mcp.",
             show_default=False,
         ),
     ] = None,

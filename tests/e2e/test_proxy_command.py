@@ -74,6 +74,17 @@ async def test_a_check_tells_what_can_be_expected(upstream: Workers, durable_ups
     assert await checked("http://127.0.0.1:1/mcp") == (1, {"upstream": "fail"})
 
 
+def test_a_name_that_cannot_be_resolved_is_said() -> None:
+    ran = mcp_pg_events("proxy", "--upstream", "http://no.such.host.invalid/mcp?key=secret", "--check")
+    assert (ran.code, ran.err) == (1, "")
+    assert " ".join(ran.out.split()).startswith("fail upstream The upstream's name cannot be resolved -> ")
+
+
+def test_its_help_is_whole_on_a_narrow_terminal() -> None:
+    ran = mcp_pg_events("proxy", "--help", COLUMNS="80", TERMINAL_WIDTH="80")
+    assert (ran.code, "…" in ran.out) == (0, False)
+
+
 def test_what_is_wrong_is_said_in_one_sentence() -> None:
     for arguments, sentence in (
         (("--upstream", "ftp://x/mcp"), "The upstream's URL is that of its MCP endpoint"),
