@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import typer
+from psycopg import sql
 
 from mcp_pg_events.cli import app as command_line
 from tests.support.command import ROOT, Ran, mcp_pg_events, without_settings
 from tests.support.log import query
-from tests.support.postgres import PASSWORD, dsn_url
+from tests.support.postgres import PASSWORD, database_name, dsn_url
 
 SESSION = "5f0c2a60c9b94d0ab1c7f5a3c2a1b6de"
 FILE = "FILE"
@@ -122,7 +123,19 @@ def test_a_database_that_lets_nobody_in_is_said(
         assert (ran.code, ran.err) == (1, "")
         assert ran.out.startswith("fail  connection") and PASSWORD not in ran.out
     else:
-        in_one_sentence(ran, "PostgreSQL did not let the ")
+        who = "the migration" if name == "migrate" else f"`mcp-pg-events {name}`"
+        in_one_sentence(ran, f"PostgreSQL did not let {who} in: ")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("migrate", "doctor", "retention")])
+def test_a_role_without_rights_is_said(name: str, run: Any, migrated: str) -> None:
+    role = f"nobody_{database_name(migrated)}"
+    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
+    try:
+        ran = run(name, MCP_PG_EVENTS_DSN=dsn_url(migrated, user=role, password=PASSWORD))
+        in_one_sentence(ran, f"The role that runs `mcp-pg-events {name}` lacks a right: permission denied for ")
+    finally:
+        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "migrate"])
