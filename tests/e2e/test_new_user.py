@@ -222,6 +222,42 @@ def test_a_pipe_that_nobody_reads_any_more_is_no_failure(migrated: str) -> None:
         process.stderr.close()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["--version"], ["stats --help"], ["migrate"], ["migrate", "--sql"]),
+        *(["doctor"], ["doctor", "--json"], ["stats"], ["stats", "--json"], ["retention"], ["sessions list"]),
+        *(["demo", "--events", "1", "--seconds", "1", "--cuts", "0"], ["import", FILE]),
+    ],
+    ids=" ".join,
+)
+def test_a_pipe_that_nobody_reads_from_the_beginning_is_no_failure(
+    arguments: list[str], migrated: str, run: Any, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ran = subprocess.run(
+            program(*(str(tmp_path / "session.jsonl") if each == FILE else each for each in arguments)),
+            cwd=ROOT,
+            env=without_settings(MCP_PG_EVENTS_DSN=migrated),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_failure_is_one_also_where_nobody_reads() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(program("doctor"), cwd=ROOT, env=without_settings(), stdout=writer, stderr=-1, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr.startswith(b"mcp-pg-events: No database was given")) == (1, True)
+
+
 def on_a_terminal(dsn: str, name: str, *arguments: str, answer: str = "") -> tuple[int, str]:
     """Exit code and all that was written of a command on a terminal, to which somebody typed `answer`."""
     ours, theirs = pty.openpty()
