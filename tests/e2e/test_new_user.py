@@ -127,7 +127,7 @@ def test_a_database_that_lets_nobody_in_is_said(
         in_one_sentence(ran, f"PostgreSQL did not let {who} in: ")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("migrate", "doctor", "retention")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("migrate", "doctor")])
 def test_a_role_without_rights_is_said(name: str, run: Any, migrated: str) -> None:
     role = f"nobody_{database_name(migrated)}"
     query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
