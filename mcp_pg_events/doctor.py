@@ -280,7 +280,9 @@ class _Doctor:
         [(now,)] = self._ask("SELECT now()")
         age = max(now - bounds[0][0], timedelta())
         size = sum(each[2] for each in bounds) / 1e6
-        found = f"the oldest of {len(bounds)} partitions begins {age.days} days ago; {size:,.1f} MB in all"
+        days = "1 day" if age.days == 1 else f"{age.days} days"
+        which = "the only partition" if len(bounds) == 1 else f"the oldest of {len(bounds)} partitions"
+        found = f"{which} begins {days} ago; {size:,.1f} MB in all"
         if age > OLD:
             return "warn", found, "Run `mcp-pg-events retention --ttl 7d` (or longer) from cron, as the owner."
         return "ok", found, None

@@ -224,7 +224,7 @@ def _grant(connection: psycopg.Connection[Any], schema: str, role: str) -> None:
 
 @contextmanager
 def translated(work: str = "migration") -> Iterator[None]:
-    """Say in one sentence, and without a password, what Alembic or PostgreSQL refused to `work`."""
+    """Say in one sentence, and without a password, what Alembic or PostgreSQL refused to a command."""
     try:
         with _one_at_a_time if work == "migration" else nullcontext():
             yield
@@ -241,14 +241,15 @@ def translated(work: str = "migration") -> Iterator[None]:
 
 
 def _explain(error: psycopg.Error, work: str) -> Error:
+    who = "the migration" if work == "migration" else f"`mcp-pg-events {work}`"
     first = next(iter(str(error).splitlines()), type(error).__name__)  # advice and further attempts follow
     message = error.diag.message_primary or " ".join(first.split())
     if work != "migration" and isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedFunction):
         return NotMigrated("The database has no schema of mcp_pg_events, or an older one; run `mcp-pg-events migrate`.")
     if work != "migration" and isinstance(error, psycopg.errors.InsufficientPrivilege):
-        return Error(f"The role of this {work} lacks a right: {message}; use the role that owns the tables.")
+        return Error(f"The role that runs {who} lacks a right: {message}; use the role that owns the tables.")
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return Error(f"The role that migrates lacks a right: {message}; use the database's owner, or hand a DBA --sql.")
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        return DatabaseUnavailable(f"PostgreSQL did not let the {work} in: {message}")
-    return Error(f"PostgreSQL refused the {work}: {message}")
+        return DatabaseUnavailable(f"PostgreSQL did not let {who} in: {message}")
+    return Error(f"PostgreSQL refused {who}: {message}")

@@ -173,9 +173,10 @@ class _Pass:
         return self._report
 
     def _go(self) -> None:
+        # By the schema's name, without which a schema that this role may not use is one that is not there.
+        [(interval, now)] = self._do("SELECT partition_interval, now() FROM {schema}.settings")
         # Before anything is marked: a database of an earlier revision has another one.
         self._do("SELECT 'raise_floors(regclass, timestamptz, bigint, integer)'::regprocedure")
-        [(interval, now)] = self._do("SELECT partition_interval, now() FROM settings")
         policy = Policy(cast("Interval", interval), AHEAD, self._ttl)
         if self._ttl is not None and self._ttl < _length(policy.interval):
             raise ConfigurationError(

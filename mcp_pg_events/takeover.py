@@ -29,7 +29,7 @@ from .signals import drain_on_sigterm
 from .store import PostgresStore, StoreOptions, as_store
 from .telemetry import Traced
 
-__all__ = ["durable", "is_durable", "store_of"]
+__all__ = ["durable", "endpoint_path", "is_durable", "store_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def durable(
         raise ConfigurationError("name has to be a string of at least one character, without NUL")
     store = as_store(store, store_options)
     options = _Options(name, owner, keep_alive, poll_interval)
-    holder, endpoint = _find_endpoint(app)
+    _, holder, endpoint = _find_endpoint(app)
     manager = endpoint.session_manager
     if is_durable(app):
         raise ConfigurationError("This app is durable already")
@@ -109,29 +109,39 @@ def is_durable(app: object) -> bool:
 def store_of(app: object) -> PostgresStore | None:
     """The store of an app that is durable."""
     try:
-        _, endpoint = _find_endpoint(app)
+        _, _, endpoint = _find_endpoint(app)
     except ConfigurationError:
         return None
     gate = endpoint.gate if isinstance(endpoint, _Front) else getattr(endpoint.session_manager, "asgi_app", None)
     return gate.store if isinstance(gate, _Gate) else None
 
 
-def _find_endpoint(app: object) -> tuple[Any, Any]:
-    """The ASGI app that has the session manager, a route's endpoint behind whatever authentication wraps it; and before
-    it whatever has it as its `app`."""
-    found: list[tuple[Any, Any]] = []
-    routes = list(getattr(app, "routes", None) or ())
+def endpoint_path(app: object) -> str | None:
+    """The path of an app's Streamable HTTP endpoint, below whatever it is mounted at."""
+    try:
+        path, _, _ = _find_endpoint(app)
+    except ConfigurationError:
+        return None
+    return path
+
+
+def _find_endpoint(app: object) -> tuple[str, Any, Any]:
+    """The ASGI app that has the session manager, a route's endpoint behind whatever authentication wraps it; before it
+    whatever has it as its `app`, and the route's path."""
+    found: list[tuple[str, Any, Any]] = []
+    routes = [("", route) for route in getattr(app, "routes", None) or ()]
     while routes:
-        route = routes.pop()
-        routes += getattr(route, "routes", None) or ()
+        above, route = routes.pop()
+        path = above + getattr(route, "path", "")
+        routes += [(path, each) for each in getattr(route, "routes", None) or ()]
         holder, candidate = route, getattr(route, "app", None)
         for _ in range(16):
             if candidate is None or hasattr(candidate, "session_manager"):
                 break
             holder, candidate = candidate, getattr(candidate, "app", None)
         if candidate is not None and hasattr(candidate, "session_manager"):
-            found.append((holder, candidate))
-    if len({id(endpoint) for _, endpoint in found}) != 1:
+            found.append((path, holder, candidate))
+    if len({id(endpoint) for _, _, endpoint in found}) != 1:
         raise ConfigurationError(
             f"durable() found {len(found) or 'no'} Streamable HTTP endpoints in the app; give it what one server's "
             "streamable_http_app() or http_app() returned"

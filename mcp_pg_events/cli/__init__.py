@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mcp_pg_events.cli import demo, doctor, migrate, proxy, retention, serve, sessions, stats, tail, transfer
+from mcp_pg_events.cli import demo, doctor, migrate, proxy, retention, serve, sessions, stats, tail, terminal, transfer
 from mcp_pg_events.cli.report import explain
 from mcp_pg_events.errors import Error
 
@@ -60,8 +60,18 @@ app.command("import")(transfer.import_)
 
 def main() -> None:
     """Run the command line and exit."""
+    code: str | int | None = 0
     try:
         app()
     except Error as error:
         print(explain(error), file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    except SystemExit as end:
+        # A reader that has had enough is no failure: what Rich and Click make of it is.
+        code = 0 if isinstance(end.__context__, BrokenPipeError) else end.code
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        terminal.abandon()
+    sys.exit(code)

@@ -31,7 +31,7 @@ from uvicorn.config import STARTUP_FAILURE
 from .. import durable, errors
 from ..health import check_paths, health_routes
 from ..store import PostgresStore
-from ..takeover import is_durable, store_of
+from ..takeover import endpoint_path, store_of
 from .report import explain
 
 __all__ = [
@@ -41,10 +41,10 @@ __all__ = [
     "check_health_paths",
     "end_with_the_command",
     "find",
-    "is_durable",
     "make_durable",
     "make_store",
     "rehearse",
+    "store_of",
     "using_embedded",
     "with_health",
 ]
@@ -168,7 +168,7 @@ def find(target: str, *, path: str, host: str) -> tuple[Application, str]:
     """
     found = load(target)
     if (app := _as_application(found, path, host)) is not None:
-        return app, "/" if app is found else path
+        return app, endpoint_path(app) or "/"
     what = f"{target!r} is of type {type(found).__name__}"
     if _required_arguments(found) == 0:
         try:
@@ -176,7 +176,7 @@ def find(target: str, *, path: str, host: str) -> tuple[Application, str]:
         except Exception as error:
             raise _broken(f"The factory {target!r} failed", error) from error
         if (app := _as_application(made, path, host)) is not None:
-            return app, "/" if app is made else path
+            return app, endpoint_path(app) or "/"
         what = f"The factory {target!r} returned something of type {type(made).__name__}"
     raise errors.ConfigurationError(
         f"{what}, which is no MCPServer, low-level Server, FastMCP, ASGI app, or function without arguments that "

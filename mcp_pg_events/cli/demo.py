@@ -9,12 +9,13 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ..settings import Settings
+from . import terminal
 from .options import Dsn
 
 if TYPE_CHECKING:
@@ -54,23 +55,39 @@ def demo(
 
         mcp-pg-events demo --dsn postgresql://localhost/scratch
     """
-    from rich.console import Console
-
     from ..demo.run import Options, run
 
     seed = random.randrange(1_000_000) if seed is None else seed
-    console = Console(highlight=False)
+    hang_ups: list[Callable[[], None]] = []
+    console = _console(hang_ups)
     started = time.monotonic()
     database = _database(Settings.given(dsn=dsn).database, console)
     options = Options(events=events, seconds=seconds, cuts=cuts, seed=seed)
     try:
-        verdict = asyncio.run(_interruptible(run(options, database, console)))
+        verdict = asyncio.run(_interruptible(run(options, database, console), hang_ups))
     except asyncio.CancelledError:
+        if console.quiet:
+            raise typer.Exit from None
         console.print("Interrupted.")
         raise typer.Exit(130) from None
     _print_verdict(console, verdict, seed, time.monotonic() - started)
     if not verdict.passed:
         raise typer.Exit(1)
+
+
+def _console(hang_ups: list[Callable[[], None]]) -> Console:
+    """What is written to, and does the `hang_ups` where nobody reads it any more."""
+    from rich.console import Console
+
+    class Watched(Console):
+        def on_broken_pipe(self) -> None:
+            # Not by an exception, as Rich does it: this may be in any task.
+            self.quiet = True
+            terminal.abandon()
+            for hang_up in hang_ups:
+                hang_up()
+
+    return Watched(highlight=False)
 
 
 @contextlib.contextmanager
@@ -132,8 +149,9 @@ def _print_verdict(console: Console, verdict: Verdict, seed: int, took: float) -
     console.print(f"{outcome} [dim]({took:.1f} s, --seed {seed})[/]", soft_wrap=True)
 
 
-async def _interruptible(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await `work`; Ctrl-C and SIGTERM cancel it once, so that it ends its processes and its database on the way out.
+async def _interruptible(work: Coroutine[Any, Any, _T], hang_ups: list[Callable[[], None]]) -> _T:
+    """Await `work`; Ctrl-C, SIGTERM and a hang-up cancel it once, so that it ends its processes and its database on the
+    way out.
 
     Further signals change nothing: an exception in the middle of that would leave something behind.
     """
@@ -147,6 +165,13 @@ async def _interruptible(work: Coroutine[Any, Any, _T]) -> _T:
             signalled = True
             task.cancel()
 
+    def hang_up() -> None:
+        loop.call_soon_threadsafe(cancel)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, cancel)
-    return await work
+    hang_ups.append(hang_up)
+    try:
+        return await work
+    finally:
+        hang_ups.clear()

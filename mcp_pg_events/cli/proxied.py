@@ -13,6 +13,8 @@ import shlex
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigurationError, Error
@@ -20,7 +22,7 @@ from ..errors import ConfigurationError, Error
 if TYPE_CHECKING:
     from .application import Application
 
-__all__ = ["FACTORY", "ProgramPlan", "ProxyPlan", "UpstreamPlan", "application", "variables"]
+__all__ = ["FACTORY", "ProgramPlan", "ProxyPlan", "UpstreamPlan", "application", "proxy_extra", "variables"]
 
 VARIABLE = "MCP_PG_EVENTS_PROXY"
 FACTORY = "mcp_pg_events.cli.proxied:application"
@@ -111,14 +113,8 @@ class UpstreamPlan(ProxyPlan):
         return self.upstream.partition("?")[0]
 
     def app(self) -> Application:
-        try:
+        with proxy_extra():
             from ..proxy.http import proxy_app
-        except ModuleNotFoundError as error:
-            if error.name != "aiohttp":
-                raise
-            raise ConfigurationError(
-                "An upstream over HTTP needs the `proxy` extra: pip install 'mcp-pg-events[proxy]'."
-            ) from None
         from ..proxy.stdio import loopback_security
 
         return proxy_app(
@@ -157,6 +153,19 @@ def application() -> Application:
         # Any other way to end, and uvicorn starts the worker again, for ever.
         print(explain(error), file=sys.stderr)
         sys.exit(STARTUP_FAILURE)
+
+
+@contextmanager
+def proxy_extra() -> Iterator[None]:
+    """Around an import of what speaks to an upstream: without the extra, raise ConfigurationError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "aiohttp":
+            raise
+        raise ConfigurationError(
+            "An upstream over HTTP needs the `proxy` extra: pip install 'mcp-pg-events[proxy]'."
+        ) from None
 
 
 def variables(given: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import typer
 from ..embedded import default_home, embedded_postgres
 from ..settings import Settings
 from .options import Dsn, Host, Level, LivePath, LogLevel, Port, ReadyPath, Schema, Workers
-from .proxied import FACTORY, ProgramPlan, ProxyPlan, UpstreamPlan, variables
+from .proxied import FACTORY, ProgramPlan, ProxyPlan, UpstreamPlan, proxy_extra, variables
 from .report import print_checks
 from .running import exit_cleanly, listen, run, shown
 
@@ -44,7 +44,7 @@ def proxy(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The MCP endpoint of a server that speaks Streamable HTTP, such as http://127.0.0.1:3000/mcp.",
+            help="The MCP endpoint of a server that speaks Streamable HTTP, such as http://host:3000/mcp.",
             show_default=False,
         ),
     ] = None,
@@ -217,8 +217,8 @@ def _one_kind(context: typer.Context, command: list[str] | None, upstream: str |
 
 
 def _check(url: str, *, verify: bool, ca_file: str | None, as_json: bool) -> None:
-    from ..proxy.check import examine
-
+    with proxy_extra():
+        from ..proxy.check import examine
     found = asyncio.run(examine(url, verify=verify, ca_file=ca_file))
     failed = any(each.status == "fail" for each in found)
     if as_json:

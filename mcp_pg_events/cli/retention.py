@@ -112,17 +112,19 @@ def retention(
 
 
 def _lines(report: Report, ttl: timedelta | None) -> list[str]:
+    from ..operator.text import counted
+
     if report.busy:
         return ["Another pass runs in this schema; this one stepped aside."]
     lines = []
     if report.locked:
         lines.append("locked     Somebody holds a lock that this pass needs; the next pass goes on.")
     if report.created:
-        lines.append(f"created    {report.created} partitions ahead")
+        lines.append(f"created    {counted(report.created, 'partition')} ahead")
     for result in ("dropped", "expired", "contended", "missing", "pending"):
         lines += [_line(outcome) for outcome in report.partitions if outcome.result == result]
     kept = [outcome for outcome in report.partitions if outcome.result == "kept"]
-    lines.append(f"kept       {len(kept)} partitions, {_size(sum(outcome.bytes for outcome in kept))}")
+    lines.append(f"kept       {counted(len(kept), 'partition')}, {_size(sum(outcome.bytes for outcome in kept))}")
     lines += [f"removed    {count} {what}" for what, count in report.rows.items()]
     if ttl is None:
         lines.append("No --ttl was given, so nothing is dropped.")

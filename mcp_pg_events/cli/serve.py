@@ -86,10 +86,10 @@ def serve(
         Plan,
         check_health_paths,
         find,
-        is_durable,
         make_durable,
         make_store,
         rehearse,
+        store_of,
         with_health,
     )
 
@@ -101,14 +101,13 @@ def serve(
         listener = stack.enter_context(listen(host, port))
         database, home = settings.database, None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # an MCPServer sends everybody's INFO to the terminal
-        if durable_already := is_durable(app):
+        if (own := store_of(app)) is not None:
             if dsn is not None or schema is not None or retention is not None:
                 raise ConfigurationError(
                     f"{target!r} is durable already, with a store of its own: leave --dsn, --schema and --retention "
                     "out, or name the server that it is made from."
                 )
             database = None
-            typer.echo(f"{target} is durable already, and is served with its own store.", err=True)
         elif database is None:
             home = str(default_home())
             database = stack.enter_context(embedded_postgres(home, schema=name))
@@ -126,8 +125,10 @@ def serve(
             embedded_home=home,
             retention=None if retention is None else retention.total_seconds(),
         )
-        if not durable_already:
-            asyncio.run(rehearse(make_store(plan)))
+        asyncio.run(rehearse(make_store(plan) if own is None else own))
+        if own is not None:
+            typer.echo(f"{target} is durable already, and is served with its own store.", err=True)
+        else:
             app = make_durable(app, plan)  # for one worker; and whatever it refuses is said here, once
         app = with_health(app, plan)
         plan.publish()

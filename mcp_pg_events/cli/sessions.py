@@ -127,7 +127,7 @@ def list_sessions(
         running=running,
         method=method,
     )
-    with desk(dsn, schema, "sessions") as opened:
+    with desk(dsn, schema, "sessions list") as opened:
         page = sessions.page(opened, wanted, limit=limit, after=after)
         if as_json:
             print(terminal.as_json(page))
@@ -168,25 +168,27 @@ def show(session_id: SessionId, dsn: Dsn = None, schema: Schema = None, as_json:
     """Show everything about one session but its payloads: its calls, their workers, readers, streams and sizes."""
     from ..operator import sessions
 
-    with desk(dsn, schema, "sessions") as opened:
+    with desk(dsn, schema, "sessions show") as opened:
         found = sessions.details(opened, session_id)
         print(terminal.as_json(found) if as_json else "\n".join(_facts(found)))
 
 
 def _facts(found: Details) -> Iterator[str]:
-    from ..operator.text import plain, shortened
+    from ..operator.text import counted, plain, shortened
 
     kept = "not added up within 5 s"
     if found.events is not None and found.bytes is not None:
         kept = f"{found.events:,} kept, {terminal.size(found.bytes)}"
+    # The proxy before an HTTP server keeps nothing of what that keeps itself.
+    unrecorded = "not recorded (proxied)" if found.proxied else None
     facts = {
         "session": plain(found.id),
         "server": plain(found.server),
         "owner": plain(found.owner) if found.owner is not None else "none",
-        "client": shortened(found.client, 200) if found.client is not None else "unknown",
+        "client": shortened(found.client, 200) if found.client is not None else unrecorded or "unknown",
         "protocol": plain(found.protocol_version or "unknown"),
-        "log level": plain(found.log_level or "not set"),
-        "subscriptions": str(found.subscriptions),
+        "log level": plain(found.log_level or unrecorded or "not set"),
+        "subscriptions": unrecorded or str(found.subscriptions),
         "state": _state(found),
         "opened": f"{terminal.moment(found.created_at)} UTC",
         "last used": f"{terminal.moment(found.seen_at)} UTC",
@@ -233,7 +235,7 @@ def _facts(found: Details) -> Iterator[str]:
             ],
         )
     if found.streams > len(found.newest_streams):
-        yield f"... and {found.streams - len(found.newest_streams):,} older streams"
+        yield f"... and {counted(found.streams - len(found.newest_streams), 'older stream')}"
 
 
 def _worker(number: int | None, host: str | None, pid: int | None, alive: bool) -> str:
@@ -252,15 +254,16 @@ def end(session_id: SessionId, dsn: Dsn = None, schema: Schema = None, as_json: 
     Its running calls get their final, an error, and are cancelled; every worker answers 404 from then on.
     """
     from ..operator import sessions
+    from ..operator.text import counted
 
-    with desk(dsn, schema, "sessions") as opened:
+    with desk(dsn, schema, "sessions end") as opened:
         calls = sessions.end(opened, session_id)
         if as_json:
             print(terminal.as_json({"ended": calls is not None, "calls": calls or 0}))
         elif calls is None:
             print("It had ended already.")
         else:
-            print(f"Ended, and {calls} running calls with it.")
+            print(f"Ended, and {counted(calls, 'running call')} with it.")
 
 
 @app.command()
@@ -276,8 +279,9 @@ def purge(
     A session that lives is ended first. It asks, unless --yes is given. It needs the role that owns the tables.
     """
     from ..operator import sessions
+    from ..operator.text import counted
 
-    with desk(dsn, schema, "sessions") as opened:
+    with desk(dsn, schema, "sessions purge") as opened:
         if not yes:
             found = sessions.details(opened, session_id)
             if not sys.stdin.isatty():
@@ -290,5 +294,5 @@ def purge(
             print(terminal.as_json(purged))
             return
         if purged.ended:
-            print(f"Ended, and {purged.calls} running calls with it.")
-        print(f"Erased {purged.events:,} events, {terminal.size(purged.bytes)}.")
+            print(f"Ended, and {counted(purged.calls, 'running call')} with it.")
+        print(f"Erased {counted(purged.events, 'event')}, {terminal.size(purged.bytes)}.")

@@ -63,7 +63,11 @@ def _show(found: Stats) -> None:
         facts.add_row("", "", f"the oldest for {terminal.age(oldest)}")
     facts.add_row("Readers", f"{found.readers:,}", f"{found.standalone_readers:,} of standalone streams")
     for each in found.tables:
-        facts.add_row(f"Table {each.name}", terminal.size(each.bytes), f"{_number(each.rows, each.estimated)} rows")
+        facts.add_row(
+            f"Table {each.name}",
+            terminal.size(each.bytes),
+            f"{_number(each.rows, each.estimated)} {'row' if each.rows == 1 else 'rows'}",
+        )
     facts.show_header = False
     console.print(facts)
     if not found.workers:
@@ -87,7 +91,7 @@ def _show(found: Stats) -> None:
 def _partitions(console: Console, found: Stats) -> None:
     from rich.text import Text
 
-    from ..operator.text import plain
+    from ..operator.text import counted, plain
 
     if not found.partitions:
         console.print("There are no partitions.")
@@ -106,7 +110,7 @@ def _partitions(console: Console, found: Stats) -> None:
         )
     table.add_section()
     table.add_row(
-        f"{len(found.partitions)} partitions",
+        counted(len(found.partitions), "partition"),
         "",
         _number(found.events, found.events_estimated),
         terminal.size(found.bytes),

@@ -21,7 +21,7 @@ from typing import Any
 
 import typer
 
-__all__ = ["age", "as_json", "moment", "output", "pause", "size", "table"]
+__all__ = ["abandon", "age", "as_json", "moment", "output", "pause", "size", "table"]
 
 INTERRUPTED = 130
 
@@ -37,11 +37,15 @@ def output() -> Iterator[None]:
             yield
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        abandon()
         raise typer.Exit from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def abandon() -> None:
+    """Nobody reads stdout any more, which Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 _interrupts: list[int] = []

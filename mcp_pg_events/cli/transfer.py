@@ -38,14 +38,17 @@ def export(
         mcp-pg-events export 5f0c2a60c9b94d0ab1c7f5a3c2a1b6de --output session.jsonl
     """
     from ..operator import transfer
+    from ..operator.text import counted
 
     done = transfer.Exported()
     with desk(dsn, schema, "export") as opened, _created(output) as file:
         for line in transfer.export(opened, session_id, done):
             file.write(line + "\n")
-    print(f"{done.streams} streams and {done.events} events.", file=sys.stderr)
+    print(f"{counted(done.streams, 'stream')} and {counted(done.events, 'event')}.", file=sys.stderr)
     if done.running:
-        print(f"{done.running} calls run; where this is imported they end with an error.", file=sys.stderr)
+        run, end = ("runs", "it ends") if done.running == 1 else ("run", "they end")
+        calls = counted(done.running, "call")
+        print(f"{calls} {run}; where this is imported {end} with an error.", file=sys.stderr)
 
 
 @contextmanager
@@ -86,21 +89,25 @@ def import_(
         mcp-pg-events import session.jsonl --dsn postgresql://owner@other.example/app
     """
     from ..operator import transfer
+    from ..operator.text import counted
 
     if file is None and sys.stdin.isatty():
         raise typer.BadParameter("Give a file, or the lines of one on stdin.")
-    with desk(dsn, schema, "import") as opened, _opened(file) as lines:
-        imported = transfer.import_session(opened, lines, ttl=ttl)
+    with desk(dsn, schema, "import") as opened:
+        with _opened(file) as lines:
+            imported = transfer.import_session(opened, lines, ttl=ttl)
         if as_json:
             print(terminal.as_json(imported))
             return
-        print(f"Stored {imported.streams} streams and {imported.events} events.")
+        print(f"Stored {counted(imported.streams, 'stream')} and {counted(imported.events, 'event')}.")
         if imported.expired:
-            print(f"{imported.expired} events count as expired.")
+            print(f"{counted(imported.expired, 'event')} {'counts' if imported.expired == 1 else 'count'} as expired.")
         if imported.partitions:
-            print(f"Made {imported.partitions} partitions.")
+            print(f"Made {counted(imported.partitions, 'partition')}.")
         if imported.lost:
-            print(f"{imported.lost} calls that ran have ended with an error: their worker is not here.")
+            have, their = ("has", "its") if imported.lost == 1 else ("have", "their")
+            calls = counted(imported.lost, "call")
+            print(f"{calls} that ran {have} ended with an error: {their} worker is not here.")
         if imported.ended:
             print("The session lived on one worker, and has ended.")
 

@@ -128,7 +128,8 @@ class Details:
     """Everything about one session but its payloads.
 
     `newest_streams` and `running` are cut to twenty and a hundred. `events` and `bytes` are those that are kept; None
-    where adding them up takes too long.
+    where adding them up takes too long. `proxied`: what its client says of itself is its upstream's to know, and is not
+    recorded.
     """
 
     id: str
@@ -138,6 +139,7 @@ class Details:
     protocol_version: str | None
     log_level: str | None
     subscriptions: int
+    proxied: bool
     worker: int | None
     created_at: datetime
     seen_at: datetime
@@ -243,6 +245,7 @@ def details(desk: Desk, session_id: str) -> Details:
         **{name: session[name] for name in (*same, "ended_reason")},
         client=_client(session["initialize"]),
         subscriptions=session["subscribed"],
+        proxied=session["upstream"] is not None,
         idle=max(session["idle"].total_seconds(), 0.0),
         streams=counts["streams"],
         calls=counts["calls"],

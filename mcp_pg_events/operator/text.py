@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, made fit for a terminal.
+"""Text for a terminal: what somebody else wrote, made fit for it, and numbers of things.
 
 Ids, owners and payloads come from clients and servers. An escape sequence in one could rewrite what an operator sees,
 or what their terminal does next; so every character that cannot be printed is shown by its number. Next: `cli/`.
@@ -6,7 +6,7 @@ or what their terminal does next; so every character that cannot be printed is s
 
 from __future__ import annotations
 
-__all__ = ["plain", "shortened"]
+__all__ = ["counted", "plain", "shortened"]
 
 
 def plain(text: str) -> str:
@@ -21,3 +21,8 @@ def shortened(text: str, length: int) -> str:
     # Escaping makes it longer, so what is far beyond the cut need not be looked at.
     shown = plain(text[: length + 1])
     return shown if len(shown) <= length and len(text) <= length else shown[: max(length - 1, 0)] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 call`, `2 calls`: so many of what `noun` is one of."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

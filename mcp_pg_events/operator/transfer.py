@@ -24,6 +24,7 @@ from .carried import FORMAT, VERSION, Broken, Line, dumped, read
 from .desk import Desk, checked_id, no_session
 from .statements import transfer as statements
 from .statements.sessions import END_SESSION
+from .text import counted
 
 __all__ = ["Exported", "Imported", "export", "import_session"]
 
@@ -176,8 +177,8 @@ class _Import:
         )
         if found != counts:
             raise Broken(
-                f"The file has {found['streams']} streams and {found['events']} events, and says that it has "
-                f"{counts['streams']} and {counts['events']}; nothing was imported."
+                f"The file has {counted(found['streams'], 'stream')} and {counted(found['events'], 'event')}, and says "
+                f"that it has {counts['streams']} and {counts['events']}; nothing was imported."
             )
 
     def _free(self, session_id: str) -> int:

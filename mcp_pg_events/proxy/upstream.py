@@ -247,6 +247,8 @@ class Upstream:
             ) from None
         except aiohttp.ClientConnectorCertificateError:
             raise UpstreamFailed("The upstream's certificate cannot be verified") from None
+        except aiohttp.ClientConnectorDNSError:
+            raise UpstreamFailed("The upstream's name cannot be resolved", 503) from None
         except aiohttp.ClientConnectorError as error:
             raise UpstreamFailed(f"The upstream cannot be reached ({_why(error.os_error)})", 503) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:

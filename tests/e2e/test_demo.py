@@ -145,3 +145,16 @@ def test_a_call_that_failed_or_did_not_end_is_no_pass() -> None:
     everything = [1, 2, 3, 4]
     assert not Verdict(expected=4, received=everything).passed
     assert not Verdict(expected=4, received=everything, result="Error", failed=True).passed
+
+
+def test_it_ends_and_leaves_nothing_where_nobody_reads_any_more(database: str, temporary: Path) -> None:
+    command = [*DEMO, "--dsn", database, "--seconds", "60"]
+    with subprocess.Popen(command, env=environment(temporary), stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(2):  # the schema, and that the workers are up
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'mcp%'").fetchall() == []

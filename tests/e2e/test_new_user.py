@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import typer
+from psycopg import sql
 
 from mcp_pg_events.cli import app as command_line
 from tests.support.command import ROOT, Ran, mcp_pg_events, without_settings
 from tests.support.log import query
-from tests.support.postgres import PASSWORD, dsn_url
+from tests.support.postgres import PASSWORD, database_name, dsn_url
 
 SESSION = "5f0c2a60c9b94d0ab1c7f5a3c2a1b6de"
 FILE = "FILE"
@@ -122,7 +123,19 @@ def test_a_database_that_lets_nobody_in_is_said(
         assert (ran.code, ran.err) == (1, "")
         assert ran.out.startswith("fail  connection") and PASSWORD not in ran.out
     else:
-        in_one_sentence(ran, "PostgreSQL did not let the ")
+        who = "the migration" if name == "migrate" else f"`mcp-pg-events {name}`"
+        in_one_sentence(ran, f"PostgreSQL did not let {who} in: ")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("migrate", "doctor")])
+def test_a_role_without_rights_is_said(name: str, run: Any, migrated: str) -> None:
+    role = f"nobody_{database_name(migrated)}"
+    query(migrated, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(PASSWORD)))
+    try:
+        ran = run(name, MCP_PG_EVENTS_DSN=dsn_url(migrated, user=role, password=PASSWORD))
+        in_one_sentence(ran, f"The role that runs `mcp-pg-events {name}` lacks a right: permission denied for ")
+    finally:
+        query(migrated, sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "migrate"])
@@ -207,6 +220,42 @@ def test_a_pipe_that_nobody_reads_any_more_is_no_failure(migrated: str) -> None:
         assert process.wait(20) == 0
         assert process.stderr.read() == b""
         process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["--version"], ["stats --help"], ["migrate"], ["migrate", "--sql"]),
+        *(["doctor"], ["doctor", "--json"], ["stats"], ["stats", "--json"], ["retention"], ["sessions list"]),
+        *(["demo", "--events", "1", "--seconds", "1", "--cuts", "0"], ["import", FILE]),
+    ],
+    ids=" ".join,
+)
+def test_a_pipe_that_nobody_reads_from_the_beginning_is_no_failure(
+    arguments: list[str], migrated: str, run: Any, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ran = subprocess.run(
+            program(*(str(tmp_path / "session.jsonl") if each == FILE else each for each in arguments)),
+            cwd=ROOT,
+            env=without_settings(MCP_PG_EVENTS_DSN=migrated),
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_failure_is_one_also_where_nobody_reads() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(program("doctor"), cwd=ROOT, env=without_settings(), stdout=writer, stderr=-1, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr.startswith(b"mcp-pg-events: No database was given")) == (1, True)
 
 
 def on_a_terminal(dsn: str, name: str, *arguments: str, answer: str = "") -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 
@@ -72,6 +73,17 @@ async def test_a_check_tells_what_can_be_expected(upstream: Workers, durable_ups
     assert await checked("http://127.0.0.1:1/mcp") == (1, {"upstream": "fail"})
 
 
+def test_a_name_that_cannot_be_resolved_is_said() -> None:
+    ran = mcp_pg_events("proxy", "--upstream", "http://no.such.host.invalid/mcp?key=secret", "--check")
+    assert (ran.code, ran.err) == (1, "")
+    assert " ".join(ran.out.split()).startswith("fail upstream The upstream's name cannot be resolved -> ")
+
+
+def test_its_help_is_whole_on_a_narrow_terminal() -> None:
+    ran = mcp_pg_events("proxy", "--help", COLUMNS="80", TERMINAL_WIDTH="80")
+    assert (ran.code, "…" in ran.out) == (0, False)
+
+
 def test_what_is_wrong_is_said_in_one_sentence() -> None:
     for arguments, sentence in (
         (("--upstream", "ftp://x/mcp"), "The upstream's URL is that of its MCP endpoint"),
@@ -90,3 +102,19 @@ def test_what_is_wrong_is_said_in_one_sentence() -> None:
         assert mcp_pg_events("proxy", *arguments).code == 2, arguments
     assert mcp_pg_events("proxy", "--upstream", "http://x/mcp", "--max-processes", "3").code == 2
     assert mcp_pg_events("proxy", "--insecure", "--", "ls").code == 2
+
+
+@pytest.mark.parametrize("more", [["--check"], ["--check", "--json"], ["--port", "0", "--dsn", UNREACHABLE]])
+def test_without_the_extra_it_says_how_to_get_it(more: list[str]) -> None:
+    program = "import sys; sys.modules['aiohttp'] = None\nfrom mcp_pg_events.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "proxy", "--upstream", "http://127.0.0.1:1/mcp", *more],
+        env=without_settings(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        "mcp-pg-events: An upstream over HTTP needs the `proxy` extra: pip install 'mcp-pg-events[proxy]'.\n"
+    )

@@ -31,8 +31,10 @@ from mcp.server.lowlevel import Server
 from mcp.server.mcpserver import MCPServer
 from mcp_pg_events import durable
 from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
+from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import Response
+from starlette.routing import Mount
 
 mcp = MCPServer("served")
 
@@ -53,6 +55,8 @@ def make():
 
 app = make()
 own = durable(make(), os.environ.get("OWN_DSN", ""))
+inner = make()
+mounted = Starlette(routes=[Mount("/inner", inner)], lifespan=inner.router.lifespan_context)
 number = 7
 
 class Lock(BaseHTTPMiddleware):
@@ -158,16 +162,17 @@ def gone(pid: int) -> bool:
     [
         ("served:mcp", "/mcp"),
         ("served:low", "/mcp"),
-        ("served:make", "/"),
-        ("served:own", "/"),
+        ("served:make", "/elsewhere"),
+        ("served:own", "/elsewhere"),
+        ("served:mounted", "/inner/elsewhere"),
         ("served_fast:fast", "/mcp"),
     ],
 )
 def test_it_serves_every_kind_of_server(serve: Serve, migrated: str, target: str, path: str) -> None:
     served = serve(target, "--port", "0", **{"OWN_DSN" if target == "served:own" else "MCP_PG_EVENTS_DSN": migrated})
     url = served.url()
-    assert url.endswith(path)
-    assert call(url.removesuffix("/") + ("/elsewhere" if path == "/" else "")) == [served.process.pid]
+    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+{path}", url)
+    assert call(url) == [served.process.pid]
     base = url.removesuffix(path)
     assert (status(base + "/livez"), status(base + "/readyz")) == (200, 200)
     served.process.send_signal(signal.SIGINT if target == "served:mcp" else signal.SIGTERM)
@@ -200,7 +205,7 @@ def test_a_session_is_served_by_all_workers_a_killed_one_is_replaced_and_sigterm
 
 def test_the_health_routes_are_before_authentication_can_be_moved_and_left_out(serve: Serve, migrated: str) -> None:
     served = serve("served:locked", "--port", "0", "--live-path", "", "--ready-path", "/x", MCP_PG_EVENTS_DSN=migrated)
-    base = served.url().removesuffix("/")
+    base = served.url().removesuffix("/mcp")
     assert [status(base + path) for path in ("/x", "/livez", "/readyz", "/mcp")] == [200, 401, 401, 401]
 
 
@@ -288,6 +293,20 @@ def test_what_is_wrong_with_the_database_is_said_before_a_worker_starts(director
     with psycopg.connect(database) as connection:
         connection.execute("UPDATE mcp_events.settings SET oldest_worker = '9999'")
     assert "serves workers from revision 9999 on" in said()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_is_wrong_with_the_database_of_an_app_with_its_own_store_is_said_as_well(
+    directory: Path, database: str, workers: str
+) -> None:
+    for dsn, says in ((UNREACHABLE, "PostgreSQL cannot be used"), (database, "run `mcp-pg-events migrate`")):
+        ran = mcp_pg_events(
+            "serve", "served:own", "--port", "0", "--workers", workers, directory=directory, OWN_DSN=dsn
+        )
+        assert (ran.code, ran.out) == (1, "")
+        assert len(ran.err.splitlines()) == 1, ran.err
+        assert ran.err.startswith("mcp-pg-events: ") and says in ran.err
+        assert "secret" not in ran.err
 
 
 def test_a_taken_port_is_said_before_anything_starts(directory: Path, migrated: str) -> None:

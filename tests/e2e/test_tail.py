@@ -122,7 +122,7 @@ async def test_it_follows_calls_of_both_workers_and_takes_no_stream_from_anybody
         waiting = await session.call("wait", {"key": "never"}, base_url=workers[1].url)
         await workers.wait_for("never")
         ran = mcp_pg_events("sessions", "end", session.session_id, MCP_PG_EVENTS_DSN=migrated)
-        assert ran.out == "Ended, and 1 running calls with it.\n"
+        assert ran.out == "Ended, and 1 running call with it.\n"
         final = json.loads(await tail.line())
         assert final["message"]["error"]["data"] == {"reason": "session_ended"}
         assert json.loads(await tail.line()) == {"type": "ended", "reason": "deleted"}

@@ -153,6 +153,48 @@ def test_show_has_calls_workers_readers_streams_and_sizes(migrated: str) -> None
     asyncio.run(story())
 
 
+def test_show_says_what_is_not_recorded_of_a_session_that_is_proxied(migrated: str) -> None:
+    query(
+        migrated,
+        "INSERT INTO sessions (id, server, initialize, protocol_version, upstream) VALUES "
+        "('direct', 'x', '{}', '2025-11-25', NULL), ('proxied', 'x', '{}', '2025-11-25', ''), "
+        """('named', 'x', '{"clientInfo": {"name": "claude", "version": "7"}}', '2025-11-25', NULL)""",
+    )
+    shown = {
+        name: [line.split(maxsplit=1)[1] for line in sessions(migrated, "show", name).out.splitlines() if line][3:7]
+        for name in ("direct", "proxied", "named")
+    }
+    nothing = "not recorded (proxied)"
+    assert shown["direct"] == ["unknown", "2025-11-25", "level      not set", "0"]
+    assert shown["proxied"] == [nothing, "2025-11-25", f"level      {nothing}", nothing]
+    assert shown["named"] == ["claude 7", "2025-11-25", "level      not set", "0"]
+    assert [json.loads(sessions(migrated, "show", name, "--json").out)["proxied"] for name in shown] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_one_of_something_is_no_plural(migrated: str) -> None:
+    fill(migrated)
+    query(migrated, "INSERT INTO events (stream, seq, payload) SELECT number, 1, '{}' FROM streams")
+    query(
+        migrated,
+        "INSERT INTO streams (session_id, request_id, request_key, final_seq) "
+        "SELECT 's4', n, n, 0 FROM generate_series(2, 21) n",
+    )
+    assert "\n... and 1 older stream\n" in sessions(migrated, "show", "s4").out
+    assert sessions(migrated, "end", "s4").out == "Ended, and 1 running call with it.\n"
+    assert sessions(migrated, "purge", "s5", "--yes").out.startswith(
+        "Ended, and 1 running call with it.\nErased 2 events, "
+    )
+    query(migrated, "INSERT INTO streams (session_id) VALUES ('s7')")
+    query(migrated, "INSERT INTO events (stream, seq, payload) SELECT max(number), 1, '{}' FROM streams")
+    assert sessions(migrated, "purge", "s7", "--yes").out == (
+        "Ended, and 0 running calls with it.\nErased 1 event, 2 B.\n"
+    )
+
+
 def test_show_leaves_sizes_out_that_take_too_long(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(migrated)
     query(migrated, "INSERT INTO events (stream, seq, payload) SELECT 1, n, 'x' FROM generate_series(1, 200000) n")

@@ -63,7 +63,7 @@ async def test_a_client_resumes_there_and_numbers_go_on_rising(migrated: str, ot
     async with running(other, 2) as (store, second):
         ran = imported(other, tmp_path / "file")
         assert ran.code == 0, ran
-        assert "1 calls that ran have ended" in ran.out
+        assert "1 call that ran has ended" in ran.out
         key = SessionKey(session, "server", '"ann"', 60.0)
         held = await store.log.attach(key, done, 1, patience=5)
         page = await store.log.read(done, held.position, held.bound)
@@ -180,7 +180,7 @@ async def test_into_another_schema_and_by_stdin(migrated: str, tmp_path: Path, m
     file = tmp_path / "file"
     ran = mcp_pg_events("export", session, "--output", str(file), MCP_PG_EVENTS_DSN=migrated)
     assert (ran.code, ran.out) == (0, "")
-    assert ran.err == "4 streams and 5 events.\n1 calls run; where this is imported they end with an error.\n"
+    assert ran.err == "4 streams and 5 events.\n1 call runs; where this is imported it ends with an error.\n"
     ran = mcp_pg_events("export", session, "--output", str(file), MCP_PG_EVENTS_DSN=migrated)
     assert (ran.code, "cannot be written (File exists)" in ran.err) == (1, True)
     ran = mcp_pg_events("export", "nobody", "--output", str(file) + "2", MCP_PG_EVENTS_DSN=migrated)
