@@ -22,8 +22,8 @@ from psycopg import AsyncConnection, conninfo, errors
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from . import arrays
-from .errors import ConfigurationError, DatabaseRefused, DatabaseUnavailable, Error, NotMigrated
+from . import arrays, tasks
+from .errors import ConfigurationError, DatabaseRefused, DatabaseUnavailable, Error, NotMigrated, StoreClosed
 
 __all__ = ["Connection", "Database", "Limit", "connect", "is_outage", "normalise_dsn", "translate"]
 
@@ -209,6 +209,7 @@ class Database:
 
         _quieten_pool()
         self._answered = float("-inf")
+        self._running: set[asyncio.Task[Any]] = set()
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             normalise_dsn(dsn),
             min_size=1,
@@ -225,6 +226,10 @@ class Database:
         await self._pool.open()
 
     async def close(self) -> None:
+        if self._running:
+            # What nobody waits for any more, as a rule.
+            await asyncio.wait(self._running, timeout=2)
+        await tasks.end(*self._running)
         await self._pool.close(timeout=2)
 
     def answered_within(self, seconds: float) -> bool:
@@ -291,18 +296,39 @@ class Database:
         return await self._run(run, patience, lambda: not begun)
 
     async def _run(self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool]) -> T:
+        """Try until it succeeds. In a task of its own, since the pool loses a connection whose borrower is cancelled
+        while it is handed out or taken back: who is cancelled here goes at once, and what runs then runs to its end."""
+        current = asyncio.current_task()
+        assert current is not None
+        abandoned = asyncio.Event()
+        task = asyncio.create_task(self._try(work, patience, again, abandoned), name="mcp_pg_events.statement")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and not current.cancelling():
+                raise StoreClosed from None
+            abandoned.set()
+            # Nobody else looks at how it ends.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            raise
+
+    async def _try(
+        self,
+        work: Callable[[Connection], Awaitable[T]],
+        patience: float,
+        again: Callable[[], bool],
+        abandoned: asyncio.Event,
+    ) -> T:
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        cancellations = task.cancelling()
         began = loop.time()
         deadline = began + patience
         pause = 0.0
         while True:
             try:
                 async with self._pool.connection(timeout=max(0.1, deadline - loop.time())) as connection:
-                    if task.cancelling() > cancellations:
-                        # While it waited, and the pool had a connection for it: it swallows that.
+                    if abandoned.is_set():
                         raise asyncio.CancelledError
                     with Limit(connection, max(0.1, deadline - loop.time())):
                         try:
@@ -319,9 +345,6 @@ class Database:
                     raise translate(error) from error
                 deadline = loop.time() + patience
             except (psycopg.Error, OSError) as error:
-                if task.cancelling() > cancellations:
-                    # A statement that failed while the driver was cancelling it: its error came in the place of ours.
-                    raise asyncio.CancelledError from error
                 if not is_outage(error) or loop.time() + pause >= deadline:
                     raise translate(error) from error
                 if not again() and not isinstance(error, _UNDONE):
