@@ -24,6 +24,7 @@ __all__ = ["Direct"]
 
 _PLACEHOLDER: Final = re.compile(rb"%\((\w+)\)[sb]|%%")
 _INT8: Final = struct.Struct("!q")
+_FLOAT8: Final = struct.Struct("!d")
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 
@@ -33,6 +34,7 @@ def _dump_moment(value: datetime) -> bytes:
 
 _DUMPERS: Final[dict[type, tuple[int, Callable[[Any], bytes]]]] = {
     int: (20, _INT8.pack),
+    float: (701, _FLOAT8.pack),
     str: (25, str.encode),
     datetime: (1184, _dump_moment),
     Int8Array: (1016, dump_int8_array),

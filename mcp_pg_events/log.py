@@ -188,9 +188,17 @@ class Log:
     # --- streams ------------------------------------------------------------------------------------------------------
 
     async def open_stream(
-        self, key: SessionKey, *, request_id: str, request_key: str, method: str, restore: bool
+        self,
+        key: SessionKey,
+        *,
+        request_id: str,
+        request_key: str,
+        method: str,
+        restore: bool,
+        elsewhere: bool = False,
     ) -> Call:
-        """Open the stream of a request that has just arrived, with its reader here.
+        """Open the stream of a request that has just arrived, with its reader here. `elsewhere` says that another
+        process does what it asks for.
 
         Raises:
             SessionUnknown: no such session for this asker.
@@ -199,7 +207,8 @@ class Log:
         method = method.replace("\0", "")[:200]
         running = self._writer.calls.running(key.session_id, request_key)
         with self.opening(key, request_key):
-            if not restore and (opened := await self._opener.open(key, request_id, request_key, method)) is not None:
+            opened = None if restore else await self._opener.open(key, request_id, request_key, method, elsewhere)
+            if opened is not None:
                 stream = self.own(
                     opened.worker, opened.epoch, opened.number, key.session_id, opened.created_at, request_key
                 )

@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 PATIENCE: Final = 2.0
 """How long (seconds) the database has to answer: as long as for a request that asks by itself."""
 REQUESTS_AT_ONCE: Final = 200
+IN_TURNS: Final = 4
+"""Of requests that came together, and whose work is another process's, a quarter is opened at a time, and so many at
+least: that process so begins sooner, and they do not stay in step, in which each process waits for the other."""
+_FOREVER: Final = 1e9
+"""An idle time-out (seconds) that no session reaches: a parameter of this statement has always the same type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class _Asked:
     request_id: str
     request_key: str
     method: str
+    elsewhere: bool
     done: asyncio.Future[Opened | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def answer(self, opened: Opened | None) -> None:
@@ -84,15 +90,18 @@ class Opener:
         await tasks.end(self._follower)
         await self._kept.stop()
 
-    async def open(self, key: SessionKey, request_id: str, request_key: str, method: str) -> Opened | None:
-        """Open the stream of a request; None when that has to be asked for by itself.
+    async def open(
+        self, key: SessionKey, request_id: str, request_key: str, method: str, elsewhere: bool = False
+    ) -> Opened | None:
+        """Open the stream of a request; None when that has to be asked for by itself. `elsewhere` says that its work is
+        another process's.
 
         Raises:
             DatabaseUnavailable: the database does not answer.
         """
         if self._kept.connection is None:
             return None
-        asked = _Asked(key, request_id, request_key, method)
+        asked = _Asked(key, request_id, request_key, method, elsewhere)
         self._waiting.append(asked)
         if not self._leading:
             # In this task: a request that comes alone is spared the way to another one and back.
@@ -101,13 +110,15 @@ class Opener:
 
     async def _lead(self) -> None:
         self._leading = True
-        first = self._waiting[0].key
+        first, most = self._waiting[0].key, REQUESTS_AT_ONCE
         batch: list[_Asked] = []
         later: list[_Asked] = []
+        if self._waiting[0].elsewhere:
+            most = min(most, max(IN_TURNS, len(self._waiting) // 4))
         for asked in self._waiting:
             # Of one app, whose name and idle time-out are parameters of the statement.
             alike = asked.key.server == first.server and asked.key.idle_timeout == first.idle_timeout
-            (batch if alike and len(batch) < REQUESTS_AT_ONCE else later).append(asked)
+            (batch if alike and len(batch) < most else later).append(asked)
         self._waiting = later
         try:
             await self._open(batch)
@@ -122,14 +133,14 @@ class Opener:
                 self._leading = False
 
     async def _open(self, batch: list[_Asked]) -> None:
-        if (connection := self._kept.connection) is None:
+        if (connection := self._kept.connection) is None or (direct := self._kept.direct) is None:
             return
         me, key = self._identity.number, batch[0].key
         parameters = {
             "me": me,
             "server": key.server,
-            "idle": key.idle_timeout,
-            "touch": key.touch_interval,
+            "idle": _FOREVER if key.idle_timeout is None else float(key.idle_timeout),
+            "touch": float(key.touch_interval),
             "sessions": TextArray(asked.key.session_id.encode() for asked in batch),
             "owners": TextArray(None if asked.key.owner is None else asked.key.owner.encode() for asked in batch),
             "request_ids": TextArray(asked.request_id.encode() for asked in batch),
@@ -137,12 +148,11 @@ class Opener:
             "methods": TextArray(asked.method.encode() for asked in batch),
         }
         with Limit(connection, PATIENCE):
-            cursor = await connection.execute(self._queries.open_streams, parameters)
-            rows = await cursor.fetchall()
+            rows = await direct.fetch(self._queries.open_streams, parameters)
         stale: set[str] = set()
         for place, number, created_at, protocol_version, told, epoch, is_stale in rows:
             asked = batch[place - 1]
-            asked.answer(Opened(me, epoch, number, created_at, protocol_version, told))
+            asked.answer(Opened(me, epoch, number, created_at, protocol_version.decode(), told))
             if is_stale:
                 stale.add(asked.key.session_id)
         if stale:

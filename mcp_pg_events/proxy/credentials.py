@@ -8,7 +8,6 @@ is a digest under a key that never leaves this process. Next: `endpoint.py`.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import secrets
 from collections import OrderedDict
@@ -40,13 +39,12 @@ class Accepted:
 
     def digest(self, session_id: str, headers: Mapping[str, str], query: bytes) -> bytes:
         """A session with the credential of a request: the headers that may be one, and the query of its URL."""
-        mac = hmac.new(self._key, session_id.encode(), hashlib.sha256)
+        said = [session_id.encode()]
         for name in sorted(headers):
             if name not in _NO_CREDENTIAL and not name.startswith(_NO_CREDENTIAL_PREFIXES):
                 value = headers[name].encode("utf-8", "surrogatepass")
-                mac.update(b"\0%b\0%d\0%b" % (name.encode("utf-8", "surrogatepass"), len(value), value))
-        mac.update(b"\0?" + query)
-        return mac.digest()
+                said.append(b"\0%b\0%d\0%b" % (name.encode("utf-8", "surrogatepass"), len(value), value))
+        return hmac.digest(self._key, b"%b\0?%b" % (b"".join(said), query), "sha256")
 
     def add(self, digest: bytes) -> None:
         """The upstream has just taken it."""

@@ -34,7 +34,8 @@ from ..reader import ReaderOptions
 from ..relayed import RelayedSession
 from ..responses import SESSION_ID, Responses
 from .admission import Admission, Admitted
-from .relay import CANCELLED, Asker, error_of
+from .messages import CANCELLED, error_of
+from .relay import AT_ONCE, Asker
 from .relays import Relays
 from .replies import failure, messages_until, passed_on, stored
 from .upstream import EVENT_STREAM, Reply, Upstream, UpstreamFailed
@@ -46,9 +47,6 @@ __all__ = ["ProxyEndpoint", "ProxyOptions"]
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE: Final = 0.03
-"""For how long (seconds) the beginning of a response waits for an answer that comes at once, to be sent in one piece
-with it. Its client has waited for the upstream already, without an id."""
 BODY_TIMEOUT: Final = 60.0
 """How long (seconds) the body of an answer may take that is no stream."""
 STANDALONE_PAUSE: Final = 0.25
@@ -133,6 +131,7 @@ class ProxyEndpoint:
                     request_key=request_key(message.id),
                     method=message.method,
                     restore=False,
+                    elsewhere=True,
                 )
         except RequestInFlight as running:
             with self._relays.waiting(key, session, running.stream or 0, asker):
@@ -161,6 +160,8 @@ class ProxyEndpoint:
                     relay.cancelled()
                 answered = True
                 with self._relays.waiting(key, session, stream.number, asker):
+                    # An answer that comes at once is sent in one piece: its client has waited for the upstream without
+                    # an id in any case.
                     await self._responses.respond(
                         stream, session.protocol_version, subscription, receive, send, patience=AT_ONCE
                     )

@@ -26,6 +26,15 @@ class ServerSentEvent:
     data: bytes
     id: bytes | None
 
+    @property
+    def cursor(self) -> bytes | None:
+        """Its id, if it can be resumed from: an empty one takes back the one before (HTML standard, 9.2.6), and what is
+        not UTF-8 would come back as something else."""
+        try:
+            return self.id if self.id and self.id.decode() else None
+        except UnicodeDecodeError:
+            return None
+
 
 class EventStream:
     """Takes the bytes of a response, and gives events of at most `limit` bytes. `retry` is the upstream's last hint, in

@@ -1,10 +1,11 @@
-"""What a program writes, as messages: each line is one, and goes on as it is where that is possible."""
+"""What programs and upstreams write, as messages: they go on as they are where that is possible."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import pydantic_core
 from mcp_types import (
@@ -18,9 +19,15 @@ from mcp_types import (
 )
 from pydantic import ValidationError
 
-__all__ = ["Written", "answer", "one_line", "read_line"]
+from ..ids import request_key
+from ..session import REQUEST_CANCELLED
+
+__all__ = ["CANCELLED", "Written", "answer", "error_of", "message_in", "one_line", "read_line"]
 
 _UNENCODABLE = "The server's answer is no JSON-RPC message that could be passed on"
+
+
+CANCELLED: Final = {"code": REQUEST_CANCELLED, "message": "Request cancelled"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,33 @@ def read_line(line: bytes) -> Written | None:
 def one_line(message: bytes) -> bytes:
     """The same JSON without line breaks: a string has none, so those that are there stand between its tokens."""
     return message.replace(b"\r", b" ").replace(b"\n", b" ")
+
+
+def message_in(data: bytes, wanted: str | None) -> tuple[bytes, bool] | None:
+    """The message in an event of an upstream, as one line of UTF-8, and whether it answers the request with the key
+    `wanted`; None where it is no message."""
+    try:
+        raw: Any = pydantic_core.from_json(data)
+    except ValueError:
+        # Not UTF-8, perhaps, which is U+FFFD then (HTML standard, 9.2.6); or half a surrogate pair, that the parser
+        # refuses and JavaScript writes, for a string that was cut in two.
+        data = data.decode("utf-8", "replace").encode()
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(raw, dict):
+        return None
+    final = False
+    if wanted is not None and "method" not in raw and ("result" in raw or "error" in raw):
+        answered = raw.get("id")
+        final = isinstance(answered, str | int) and not isinstance(answered, bool) and request_key(answered) == wanted
+    return one_line(data), final
+
+
+def error_of(request_id: RequestId, error: Mapping[str, Any]) -> bytes:
+    """The error that ends a call."""
+    return json.dumps({"jsonrpc": "2.0", "id": request_id, "error": error}).encode()
 
 
 def error(request_id: RequestId, code: int, text: str, reason: str | None = None) -> Written:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import pydantic_core
 from mcp_types import RequestId
 from mcp_types.version import is_version_at_least
 
@@ -24,15 +22,15 @@ from ..errors import AppendRefused, Error
 from ..finals import final_error
 from ..ids import request_key
 from ..relayed import RelayedSession
-from ..session import REQUEST_CANCELLED, RESUMABLE_SINCE
+from ..session import RESUMABLE_SINCE
 from .event_stream import EventStream, EventTooLarge, ServerSentEvent
-from .messages import one_line
+from .messages import CANCELLED, error_of, message_in
 from .upstream import EVENT_STREAM, Reply, Upstream, UpstreamFailed
 
 if TYPE_CHECKING:
     from ..store import PostgresStore
 
-__all__ = ["CANCELLED", "CANCELLED_GRACE", "Asker", "Relay", "UpstreamSessionGone", "error_of"]
+__all__ = ["AT_ONCE", "CANCELLED_GRACE", "Asker", "Relay", "UpstreamSessionGone"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +41,10 @@ FUTILE: Final = 5
 """So many connections one after the other that bring nothing at all, and the upstream is taken at its word."""
 SILENCE: Final = 30.0
 """After how many silent seconds a resumed connection is made anew: some servers lose what comes while they replay."""
+AT_ONCE: Final = 0.1
+"""How soon (seconds) an answer comes whose client is given no id before it."""
 CANCELLED_GRACE: Final = 5.0
 """How long (seconds) the upstream has for the end of a call that its client has cancelled."""
-
-
-CANCELLED: Final = {"code": REQUEST_CANCELLED, "message": "Request cancelled"}
-
-
-def error_of(request_id: RequestId, error: Mapping[str, Any]) -> bytes:
-    """The error that ends a call."""
-    return json.dumps({"jsonrpc": "2.0", "id": request_id, "error": error}).encode()
 
 
 class UpstreamSessionGone(Exception):
@@ -73,15 +65,6 @@ class Asker:
 
     headers: Mapping[str, str]
     query: bytes
-
-
-def _usable(upstream_id: bytes | None) -> bytes | None:
-    """An event's id, if it can be resumed from: an empty one takes back the one before (HTML standard, 9.2.6), and what
-    is not UTF-8 would come back as something else."""
-    try:
-        return upstream_id if upstream_id and upstream_id.decode() else None
-    except UnicodeDecodeError:
-        return None
 
 
 class Relay:
@@ -117,6 +100,7 @@ class Relay:
         self._complete_ids = last_id is not None or fresh
         """Whether what follows the last event that is stored can be asked for, without a double."""
         self._noted: asyncio.Task[None] | None = None
+        self._needed = asyncio.Event()
         self._retry = RETRY
         self._cancelled = False
         self._ended = False
@@ -165,7 +149,7 @@ class Relay:
         """Return when nothing of it is on its way into the log, and nothing will be."""
         self.hang_up()
         async with self._storing:
-            pass
+            await self._have_noted()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -203,7 +187,7 @@ class Relay:
             logger.debug("Not stored in stream %d: %s", self.stream.number, refused)
         finally:
             self.hang_up()
-            if self._noted is not None:
+            if self._noted is not None and self.stream.closed:
                 self._noted.cancel()
 
     async def _read(self, reply: Reply, resumed: bool) -> None:
@@ -320,7 +304,7 @@ class Relay:
                 if self._ended:
                     break
                 payload, final = self._message(event)
-                upstream_id = _usable(event.id)
+                upstream_id = event.cursor
                 if payload is None:
                     if upstream_id is not None:
                         await self._note(upstream_id, needed=False)
@@ -337,50 +321,44 @@ class Relay:
 
     async def _note(self, upstream_id: bytes, *, needed: bool) -> None:
         """The id of an event that is stored next, or of one without data. The first in a stream says in the database
-        that others can go on with it, before an event may need that; an answer that follows at once never does."""
+        that others can go on with it: before an event may need that, or soon; an answer that comes at once never
+        does."""
         first = self._last_id is None
         self._last_id = upstream_id
         self._complete_ids = True
         if first:
-            self._noted = asyncio.create_task(self._store.relayed.note_id(self.stream, upstream_id))
-        if needed and self._noted is not None:
-            try:
-                await self._noted
-            except Error as error:
-                logger.debug("Stream %d: its first id was not noted: %s", self.stream.number, error)
-            self._noted = None
+            self._noted = asyncio.create_task(self._note_soon(upstream_id))
+        if needed:
+            await self._have_noted()
+
+    async def _note_soon(self, upstream_id: bytes) -> None:
+        with contextlib.suppress(TimeoutError):
+            # Before its client knows what to come back for.
+            async with asyncio.timeout(AT_ONCE / 2):
+                await self._needed.wait()
+        try:
+            await self._store.relayed.note_id(self.stream, upstream_id)
+        except Error as error:
+            logger.debug("Stream %d: its first id was not noted: %s", self.stream.number, error)
+
+    async def _have_noted(self) -> None:
+        if self._noted is not None and not self._noted.done():
+            self._needed.set()
+            await asyncio.wait([self._noted])
 
     def _message(self, event: ServerSentEvent) -> tuple[bytes | None, bool]:
-        """The JSON-RPC message in an event, as one line of UTF-8, and whether it is the answer."""
+        """The message in an event, and whether it is the answer."""
         if not event.data or event.event != b"message":
             return None, False
-        try:
-            raw: Any = pydantic_core.from_json(event.data)
-            data = event.data
-        except ValueError:
-            # Not UTF-8, perhaps, which is U+FFFD then (HTML standard, 9.2.6); or half a surrogate pair, that the parser
-            # refuses and JavaScript writes, for a string that was cut in two.
-            data = event.data.decode("utf-8", "replace").encode()
-            try:
-                raw = json.loads(data)
-            except (ValueError, RecursionError):
-                raw = None
-        if not isinstance(raw, dict):
+        found = message_in(event.data, self._wanted)
+        if found is None:
             if not self._noise:
                 self._noise = True
                 logger.warning(
                     "Session %s: what is no MCP message in the upstream's stream is left out", self.key.session_id
                 )
             return None, False
-        final = False
-        if self._wanted is not None and "method" not in raw and ("result" in raw or "error" in raw):
-            answered = raw.get("id")
-            final = (
-                isinstance(answered, str | int)
-                and not isinstance(answered, bool)
-                and request_key(answered) == self._wanted
-            )
-        return one_line(data), final
+        return found
 
     async def _finish(self, reason: str) -> None:
         """End the call with an error; the standalone stream is left."""

@@ -23,7 +23,8 @@ from ..finals import final_error
 from ..ids import request_key
 from ..relayed import Claim, RelayedSession
 from ..upkeep import keep_up
-from .relay import CANCELLED_GRACE, Asker, Relay, UpstreamSessionGone, error_of
+from .messages import error_of
+from .relay import CANCELLED_GRACE, Asker, Relay, UpstreamSessionGone
 from .upstream import Reply, Upstream
 
 if TYPE_CHECKING:

@@ -126,7 +126,7 @@ statement(
                s.seen_at < now() - make_interval(secs => %(touch)s::float8) AS stale
           FROM asked a JOIN {s}.sessions s ON s.id = a.session AND s.owner IS NOT DISTINCT FROM a.owner
          WHERE s.server = %(server)s AND s.ended_at IS NULL AND s.protocol_version IS NOT NULL
-           AND (%(idle)s::float8 IS NULL OR s.seen_at > now() - make_interval(secs => %(idle)s::float8))
+           AND s.seen_at > now() - make_interval(secs => %(idle)s::float8)
            FOR KEY SHARE OF s SKIP LOCKED
     ), owner AS (
         SELECT epoch FROM {s}.workers
@@ -137,7 +137,7 @@ statement(
         ON CONFLICT (session_id, request_key) WHERE final_seq IS NULL AND request_key IS NOT NULL DO NOTHING
         RETURNING number, created_at, session_id, request_key
     )
-    SELECT session.place, opened.number, opened.created_at, session.protocol_version, session.told, owner.epoch,
+    SELECT session.place, opened.number, opened.created_at, session.protocol_version, session.told::bigint, owner.epoch,
            session.stale
       FROM owner, opened JOIN session ON session.id = opened.session_id AND session.request_key = opened.request_key
     """,

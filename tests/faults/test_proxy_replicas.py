@@ -87,6 +87,25 @@ async def test_a_living_replica_goes_on_where_another_stopped(how: str, migrated
             await until(served_again)
 
 
+@pytest.mark.parametrize("how", ["killed", "drained"])
+async def test_a_call_that_has_brought_no_event_is_gone_on_with_too(how: str, migrated: str, other: str) -> None:
+    """Of the upstream there is the id that its response begins with, and nothing else."""
+    async with proxied(migrated, other) as (replicas, upstream):
+        await trusted(replicas, migrated)
+        session = await Session.initialize(replicas[0].url)
+        await session.call_result("echo", {"text": "x"}, base_url=replicas[1].url)
+        response = await session.call("wait", {"key": "k"}, base_url=replicas[0].url)
+        cursor = (await anext(response.events())).id
+        if how == "killed":
+            await replicas[0].kill()
+        else:
+            replicas[0].signal(signal.SIGTERM)
+            await rest(response)
+        again = await session.get(cursor, base_url=replicas[1].url)
+        upstream.release("k")
+        assert "result" in (await rest(again))[-1].message
+
+
 async def test_a_stranger_who_names_a_stream_does_not_take_its_clients_place(migrated: str, other: str) -> None:
     async with proxied(migrated, other) as (replicas, _):
         await trusted(replicas, migrated)

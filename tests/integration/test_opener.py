@@ -52,6 +52,23 @@ async def test_requests_that_come_together_share_a_statement(migrated: str) -> N
     assert_streams_are_whole(migrated)
 
 
+async def test_requests_whose_work_is_elsewhere_are_opened_in_turns(migrated: str) -> None:
+    """So that the other process has something to do before all are open."""
+    async with running(migrated, 1) as (store,):
+        key, _ = await open_session(store)
+        statements = count_statements(parts(store).opener)
+        calls = await asyncio.gather(
+            *(
+                store.log.open_stream(
+                    key, request_id=f"{n}", request_key=f"i{n}", method="x", restore=False, elsewhere=True
+                )
+                for n in range(1, 42)
+            )
+        )
+        assert len({call.stream.number for call in calls}) == 41
+        assert statements == [1, 10, 7, 5, 4, 4, 4, 4, 2]
+
+
 def count_statements(opener: Any) -> list[int]:
     """The sizes of the batches to come."""
     batches: list[int] = []
