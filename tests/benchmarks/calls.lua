@@ -1,7 +1,7 @@
 -- What wrk sends: calls of `echo`, dealt to the sessions in turn, each with an id of its own.
--- Arguments: path, protocol version, session ids.
+-- Arguments: path, protocol version, the name of the tool's argument, session ids.
 
-local path, number, sessions = nil, 0, {}
+local path, argument, number, sessions = nil, nil, 0, {}
 local headers = {
   ["Accept"] = "application/json, text/event-stream",
   ["Content-Type"] = "application/json",
@@ -10,8 +10,9 @@ local headers = {
 function init(arguments)
   path = arguments[1]
   headers["MCP-Protocol-Version"] = arguments[2]
-  for place = 3, #arguments do
-    sessions[place - 2] = arguments[place]
+  argument = arguments[3]
+  for place = 4, #arguments do
+    sessions[place - 3] = arguments[place]
   end
 end
 
@@ -19,7 +20,8 @@ function request()
   number = number + 1
   headers["Mcp-Session-Id"] = sessions[number % #sessions + 1]
   local body = string.format(
-    '{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"echo","arguments":{"text":"hello"}}}', number + 100)
+    '{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"echo","arguments":{"%s":"hello"}}}',
+    number + 100, argument)
   return wrk.format("POST", path, headers, body)
 end
 

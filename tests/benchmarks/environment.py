@@ -178,7 +178,7 @@ def workers(subject: str, dsn: str, count: int = 1, *, upstream: str = "") -> It
         started = []
         for number in range(count):
             worker = _spawn(subject, dsn, Path(made), number, upstream)
-            stack.callback(_stop, worker)
+            stack.callback(stop, worker)
             started.append(worker)
         for worker in started:
             wait_ready(worker)
@@ -222,7 +222,8 @@ def wait_ready(worker: Worker, timeout: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def _stop(worker: Worker) -> None:
+def stop(worker: Worker) -> None:
+    """End its process, politely at first."""
     worker.process.send_signal(signal.SIGTERM)
     try:
         worker.process.wait(8)
