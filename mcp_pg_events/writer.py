@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -24,6 +23,7 @@ from .calls import Calls
 from .database import Connection, is_outage, translate
 from .errors import AppendRefused, DatabaseUnavailable, Error, StoreClosed, WorkerFenced
 from .hub import Hub
+from .pending import BATCH_EVENTS, ENDED, Pending
 from .queries import Queries
 from .stall import Stall
 
@@ -31,19 +31,13 @@ __all__ = ["Writer"]
 
 logger = logging.getLogger(__name__)
 
-BATCH_EVENTS: Final = 1000
 IN_STEP: Final = 32
 """From how many events on it pays to store them in two halves."""
-BATCH_BYTES: Final = 8 * 1024 * 1024
-PENDING_BYTES: Final = 64 * 1024 * 1024
-"""What may wait for the database before appends wait for room."""
-
 STALL: Final = 2.0
 """A flush that takes longer (seconds) is worth a line in the log."""
 
 _RENEWING: Final = "This worker was declared dead and takes a new number; send the request again"
 _NEVER: Final = 2**63
-_ENDED: Final = "The stream has ended, so nothing more can follow in it"
 
 
 class Writer:
@@ -73,15 +67,13 @@ class Writer:
         self._on_lost = on_lost
         self._on_broken = on_broken
         self._identity = identity
-        self._queue: deque[Entry] = deque()
+        self._queue = Pending()
         self._taken: list[Entry] = []
-        self._pending_bytes = 0
         self._work = asyncio.Event()
-        self._room = asyncio.Event()
         self.calls = Calls()
         self._task: asyncio.Task[None] | None = None
         self._flushes = 0
-        self._oldest = self._since = 0.0  # when (loop time) the first event of the queue, of the batch, was appended
+        self._since = 0.0  # when (loop time) the first event of the batch was appended
         self._unsure = False
         self._opened_at = _NEVER
         """The lowest epoch at which a stream was opened since the last look for those that somebody else ended."""
@@ -158,7 +150,7 @@ class Writer:
             DatabaseUnavailable: the outage lasted longer than the bound.
             WorkerFenced: this worker was declared dead.
         """
-        if self._pending_bytes > PENDING_BYTES:
+        if self._queue.full:
             await self._wait_for_room()
         return await self._place(stream, payload, final)
 
@@ -167,14 +159,13 @@ class Writer:
     ) -> asyncio.Future[int]:
         """As `append`, but returns once the event has its place, with what becomes of it: so one task may have many
         events on their way, in its order. `upstream_id` is what an upstream calls the event."""
-        if self._pending_bytes > PENDING_BYTES:
+        if self._queue.full:
             await self._wait_for_room()
         return self._place(stream, payload, final, upstream_id)
 
     async def _wait_for_room(self) -> None:
-        while self._pending_bytes > PENDING_BYTES and self._lost is None:
-            self._room.clear()
-            await self._room.wait()
+        while self._queue.full and self._lost is None:
+            await self._queue.change()
 
     def _place(
         self, stream: Stream, payload: bytes, final: bool, upstream_id: bytes | None = None
@@ -182,17 +173,14 @@ class Writer:
         if self._lost is not None:
             raise self._lost
         if stream.closed:
-            raise AppendRefused(_ENDED)
+            raise AppendRefused(ENDED)
         seq = stream.next_seq
         if not stream.shared:
             stream.next_seq = seq + 1
         stream.closed = final
         loop = asyncio.get_running_loop()
         entry = Entry(stream, seq, payload, final, loop.create_future(), upstream_id)
-        if not self._queue:
-            self._oldest = loop.time()
-        self._queue.append(entry)
-        self._pending_bytes += len(payload)
+        self._queue.put(entry, loop.time())
         self._work.set()
         return entry.done
 
@@ -213,8 +201,8 @@ class Writer:
                 limit = len(self._queue) // 2
             while self._queue:
                 began = clock()
-                self._since = self._oldest
-                own, shared = self._take(limit)
+                self._since = self._queue.oldest
+                own, shared = self._queue.take(limit)
                 limit = BATCH_EVENTS
                 self._taken = own + shared
                 try:
@@ -240,27 +228,6 @@ class Writer:
         """A stream of this worker's own cannot go on: a number is lost, and nothing can follow it but an error."""
         self.ended_elsewhere(number)
         self._on_broken(number, reason)
-
-    def _take(self, limit: int) -> tuple[list[Entry], list[Entry]]:
-        own: list[Entry] = []
-        shared: list[Entry] = []
-        size = 0
-        # Several objects may stand for a shared stream here, each unaware of the other's final.
-        finals: set[int] = set()
-        while self._queue and len(own) + len(shared) < min(limit, BATCH_EVENTS) and size < BATCH_BYTES:
-            entry = self._queue.popleft()
-            size += len(entry.payload)
-            if not entry.stream.shared:
-                own.append(entry)
-            elif entry.stream.number in finals:
-                entry.fail(AppendRefused(_ENDED))
-            else:
-                shared.append(entry)
-                if entry.final:
-                    finals.add(entry.stream.number)
-        self._pending_bytes -= size
-        self._room.set()
-        return own, shared
 
     async def _flush(self, batch: list[Entry], store: Callable[[Sequence[Entry], str], Awaitable[datetime]]) -> None:
         """Store a batch, whatever it takes within the bound; then publish, acknowledge, wake."""
@@ -328,7 +295,7 @@ class Writer:
             if entry.seq == 0:
                 refused += 1
                 entry.stream.closed = True
-                entry.fail(AppendRefused(_ENDED))
+                entry.fail(AppendRefused(ENDED))
                 continue
             if entry.stream.shared or entry.stream.read_elsewhere:
                 streams.add(entry.stream.number)
@@ -411,10 +378,7 @@ class Writer:
     def _fail_all(self, error: Error) -> None:
         self._lost = error
         self.stall.since = None
-        while self._queue:
-            self._queue.popleft().fail(error)
-        self._pending_bytes = 0
-        self._room.set()
+        self._queue.fail(error)
         for number in list(self.calls.streams):
             self.ended_elsewhere(number)
 
@@ -425,5 +389,5 @@ def _still_open(batch: list[Entry]) -> list[Entry]:
     if len(left) < len(batch):
         for entry in batch:
             if entry.stream.ended:
-                entry.fail(AppendRefused(_ENDED))
+                entry.fail(AppendRefused(ENDED))
     return left

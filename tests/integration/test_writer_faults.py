@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from mcp_pg_events import PostgresStore, writer
+from mcp_pg_events import PostgresStore, pending
 from mcp_pg_events.backend import SessionKey, Stream
 from mcp_pg_events.errors import AppendRefused, DatabaseUnavailable, Error
 from tests.support.deaf_proxy import dsn_through, target_of
@@ -287,7 +287,7 @@ async def test_a_final_whose_caller_is_cancelled_still_ends_its_stream(migrated_
 async def test_what_waits_for_the_database_is_bounded_and_who_waits_for_room_may_be_cancelled(
     migrated_once: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "PENDING_BYTES", 3 * len(NOTE))
+    monkeypatch.setattr(pending, "PENDING_BYTES", 3 * len(NOTE))
     async with behind_a_proxy(migrated_once) as (store, proxy):
         _, stream = await a_stream(store, kind)
         proxy.freeze()
