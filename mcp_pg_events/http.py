@@ -15,7 +15,6 @@ from uuid import uuid4
 
 import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
-from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from mcp_types import (
     INTERNAL_ERROR,
@@ -30,7 +29,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from . import sse, telemetry
-from .answers import Answer, cursor_error, dump, error_response, parse
+from .answers import Answer, cursor_error, dump, error_response
 from .backend import (
     Call,
     RequestInFlight,
@@ -43,6 +42,7 @@ from .errors import DatabaseUnavailable
 from .hub import Subscription
 from .ids import request_key
 from .reader import ReaderOptions
+from .requests import read_message, route
 from .responses import SESSION_ID, Responses, session_id_of
 
 if TYPE_CHECKING:
@@ -84,31 +84,18 @@ class HTTPEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         async with self._responses.answering(scope, receive, send):
-            refusal = await self._security.validate_request(request, is_post=request.method == "POST")
-            if refusal is not None:
-                raise Answer(refusal)
-            match request.method:
-                case "POST":
-                    await self._post(request, receive, send)
-                case "GET":
-                    await self._get(request, receive, send)
-                case "DELETE":
-                    await self._delete(request)
-                case _:
-                    raise Answer(error_response(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
+            await route(
+                request,
+                self._security,
+                post=lambda: self._post(request, receive, send),
+                get=lambda: self._get(request, receive, send),
+                delete=lambda: self._delete(request),
+            )
 
     # --- POST ---------------------------------------------------------------------------------------------------------
 
     async def _post(self, request: Request, receive: Receive, send: Send) -> None:
-        has_json, has_sse = check_accept_headers(request)
-        if not (has_json and (has_sse or self._options.json_response)):
-            kinds = "application/json" if self._options.json_response else "both application/json and text/event-stream"
-            raise Answer(error_response(406, f"Not Acceptable: Client must accept {kinds}"))
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise Answer(error_response(415, "Unsupported Media Type: Content-Type must be application/json"))
-        body = await request.body()
-        message = parse(body)
-        telemetry.received(request.scope, message)
+        message, body = await read_message(request, json_response=self._options.json_response)
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and len(body) > INITIALIZE_BYTES:
             raise Answer(error_response(413, "Request body too large", INVALID_REQUEST))
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
@@ -205,8 +192,6 @@ class HTTPEndpoint:
     # --- GET ----------------------------------------------------------------------------------------------------------
 
     async def _get(self, request: Request, receive: Receive, send: Send) -> None:
-        if not check_accept_headers(request)[1]:
-            raise Answer(error_response(406, "Not Acceptable: Client must accept text/event-stream"))
         key = self._session_key(request)
         stream: int | None = None
         after: int | None = None

@@ -17,7 +17,6 @@ from uuid import uuid4
 
 import anyio
 import pydantic_core
-from mcp.server.streamable_http import check_accept_headers
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from mcp_types import INTERNAL_ERROR, JSONRPCRequest
 from starlette.requests import Request
@@ -25,13 +24,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .. import sse, telemetry
-from ..answers import Answer, cursor_error, error_response, parse
+from ..answers import Answer, cursor_error, error_response
 from ..backend import OpenedSession, RequestInFlight, SessionKey, SessionLimit, Stream
 from ..errors import Error
 from ..finals import final_error
 from ..ids import request_key
 from ..reader import ReaderOptions
 from ..relayed import RelayedSession
+from ..requests import read_message, route
 from ..responses import SESSION_ID, Responses
 from .admission import Admission, Admitted
 from .messages import CANCELLED, error_of
@@ -82,19 +82,14 @@ class ProxyEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         async with self._responses.answering(scope, receive, send):
-            refusal = await self._security.validate_request(request, is_post=request.method == "POST")
-            if refusal is not None:
-                raise Answer(refusal)
             try:
-                match request.method:
-                    case "POST":
-                        await self._post(request, receive, send)
-                    case "GET":
-                        await self._get(request, receive, send)
-                    case "DELETE":
-                        await self._delete(request)
-                    case _:
-                        raise Answer(error_response(405, "Method Not Allowed", headers={"Allow": "GET, POST, DELETE"}))
+                await route(
+                    request,
+                    self._security,
+                    post=lambda: self._post(request, receive, send),
+                    get=lambda: self._get(request, receive, send),
+                    delete=lambda: self._delete(request),
+                )
             except UpstreamFailed as failed:
                 logger.warning("A request failed: %s", failed)
                 raise Answer(failure(failed)) from None
@@ -102,15 +97,7 @@ class ProxyEndpoint:
     # --- POST ---------------------------------------------------------------------------------------------------------
 
     async def _post(self, request: Request, receive: Receive, send: Send) -> None:
-        if not all(check_accept_headers(request)):
-            raise Answer(
-                error_response(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
-            )
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise Answer(error_response(415, "Unsupported Media Type: Content-Type must be application/json"))
-        body = await request.body()
-        message = parse(body)
-        telemetry.received(request.scope, message)
+        message, body = await read_message(request)
         if isinstance(message, JSONRPCRequest) and message.method == "initialize" and SESSION_ID not in request.headers:
             await self._open_session(message, body, request, receive, send)
             return
@@ -265,8 +252,6 @@ class ProxyEndpoint:
     # --- GET ----------------------------------------------------------------------------------------------------------
 
     async def _get(self, request: Request, receive: Receive, send: Send) -> None:
-        if not check_accept_headers(request)[1]:
-            raise Answer(error_response(406, "Not Acceptable: Client must accept text/event-stream"))
         admitted = await self._admission.admit(request, held=True)
         key, session, asker = admitted.key, admitted.session, admitted.asker
         stream, after = session.standalone, None
