@@ -14,16 +14,18 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, LiteralString, TypeVar
 
+import anyio
 import psycopg
 from psycopg import AsyncConnection, conninfo, errors
 from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from . import arrays, tasks
-from .errors import ConfigurationError, DatabaseRefused, DatabaseUnavailable, Error, NotMigrated, StoreClosed
+from .errors import ConfigurationError, DatabaseRefused, DatabaseUnavailable, Error, NotMigrated
 
 __all__ = ["Connection", "Database", "Limit", "connect", "is_outage", "normalise_dsn", "translate"]
 
@@ -181,6 +183,12 @@ class Limit:
             if isinstance(error, psycopg.Error):
                 raise TimeoutError from error
 
+    def end_now(self) -> None:
+        """Do not wait for the seconds to pass."""
+        if not self.expired:
+            self._timer.cancel()
+            self._ask()
+
     def _ask(self) -> None:
         self.expired = True
         self._task = asyncio.create_task(self._cancel(), name="mcp_pg_events.cancel")
@@ -226,11 +234,12 @@ class Database:
         await self._pool.open()
 
     async def close(self) -> None:
-        if self._running:
-            # What nobody waits for any more, as a rule.
-            await asyncio.wait(self._running, timeout=2)
-        await tasks.end(*self._running)
-        await self._pool.close(timeout=2)
+        try:
+            if self._running:
+                await asyncio.wait(self._running, timeout=1)
+            await tasks.end(*self._running)
+        finally:
+            await self._pool.close(timeout=2)
 
     def answered_within(self, seconds: float) -> bool:
         """Whether any statement has succeeded during the last `seconds`."""
@@ -297,29 +306,28 @@ class Database:
 
     async def _run(self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool]) -> T:
         """Try until it succeeds. In a task of its own, since the pool loses a connection whose borrower is cancelled
-        while it is handed out or taken back: who is cancelled here goes at once, and what runs then runs to its end."""
-        current = asyncio.current_task()
-        assert current is not None
-        abandoned = asyncio.Event()
-        task = asyncio.create_task(self._try(work, patience, again, abandoned), name="mcp_pg_events.statement")
+        while it is handed out or taken back. Whoever is cancelled here goes when nothing of theirs runs any more."""
+        state = _State()
+        task = asyncio.create_task(self._try(work, patience, again, state), name="mcp_pg_events.statement")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
-            return await asyncio.shield(task)
+            # Not `shield`: from Python 3.14 on that logs an error that nobody waits for, with what the driver says.
+            await asyncio.wait({task})
         except asyncio.CancelledError:
-            if task.cancelled() and not current.cancelling():
-                raise StoreClosed from None
-            abandoned.set()
-            # Nobody else looks at how it ends.
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            state.abandoned = True
+            task.add_done_callback(_look_at)
+            if state.limit is not None:
+                state.limit.end_now()
+                with anyio.CancelScope(shield=True):
+                    await tasks.ended(task)
             raise
+        if task.cancelled():
+            raise DatabaseUnavailable("The store is being closed; try again")
+        return task.result()
 
     async def _try(
-        self,
-        work: Callable[[Connection], Awaitable[T]],
-        patience: float,
-        again: Callable[[], bool],
-        abandoned: asyncio.Event,
+        self, work: Callable[[Connection], Awaitable[T]], patience: float, again: Callable[[], bool], state: _State
     ) -> T:
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -328,9 +336,9 @@ class Database:
         while True:
             try:
                 async with self._pool.connection(timeout=max(0.1, deadline - loop.time())) as connection:
-                    if abandoned.is_set():
+                    if state.abandoned:
                         raise asyncio.CancelledError
-                    with Limit(connection, max(0.1, deadline - loop.time())):
+                    with Limit(connection, max(0.1, deadline - loop.time())) as state.limit:
                         try:
                             result = await work(connection)
                             self._answered = loop.time()
@@ -339,6 +347,8 @@ class Database:
                             # What this connection leads to takes no writes; the next one may lead elsewhere.
                             await connection.close()
                             raise
+                        finally:
+                            state.limit = None
             except PoolTimeout as error:
                 # The database answers others: this is no outage but a queue.
                 if loop.time() - self._answered > 1.0 or loop.time() - began > QUEUE_PATIENCE:
@@ -349,8 +359,24 @@ class Database:
                     raise translate(error) from error
                 if not again() and not isinstance(error, _UNDONE):
                     raise translate(error) from error
+            if state.abandoned:
+                raise asyncio.CancelledError
             await asyncio.sleep(pause)
             pause = min(0.5, pause * 2 or 0.02)
+
+
+@dataclass(slots=True)
+class _State:
+    """A statement's: whether anybody still waits for it, and the bound on what runs of it."""
+
+    abandoned: bool = False
+    limit: Limit | None = None
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """How it ended is of interest to nobody, which is no reason to say so in the log."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Sparingly(logging.Filter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-__all__ = ["end"]
+__all__ = ["end", "ended"]
 
 AGAIN: Final = 2.0
 """After how long (seconds) a task that goes on is cancelled once more: longer than an orderly cancellation takes."""
@@ -24,3 +24,12 @@ async def end(*tasks: asyncio.Task[Any] | None) -> None:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=AGAIN)
     await asyncio.gather(*(task for task in tasks if task is not None), return_exceptions=True)
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Return when a task has ended, also if the caller is cancelled meanwhile, once more or several times."""
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            pass

@@ -9,6 +9,7 @@ import random
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from mcp_pg_events import PostgresStore, watch
@@ -26,6 +27,7 @@ from tests.support.log import (
     query,
     running,
     stored,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -176,6 +178,25 @@ async def test_a_stream_whose_worker_is_in_doubt_is_left_to_others(
         assert await second.relayed.claim(key, opened.standalone) is not None
         await first.relayed.release_doubtful()
         assert await second.relayed.adrift([opened.standalone]) == []
+
+
+async def test_a_claim_that_is_cancelled_while_it_waits_leaves_the_stream_to_others(migrated: str) -> None:
+    async with running(migrated, 2) as (hasty, patient):
+        key, opened = await open_relayed(hasty)
+        with psycopg.connect(migrated, options="-c search_path=mcp_events") as blocking:
+            blocking.execute("SELECT FROM streams WHERE number = %s FOR UPDATE", [opened.standalone])
+            claiming = asyncio.create_task(hasty.relayed.claim(key, opened.standalone))
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%claimed%%'"
+            )
+            await until(lambda: query(migrated, waiting) == [(1,)])
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            releasing = asyncio.create_task(hasty.relayed.release_doubtful())
+            await asyncio.sleep(0.1)
+        await releasing
+        assert await patient.relayed.claim(key, opened.standalone) is not None
 
 
 async def test_what_went_with_its_partition_is_not_asked_for_again(migrated: str) -> None:
