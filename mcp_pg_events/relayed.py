@@ -140,6 +140,8 @@ class RelayedSessions:
         stream.stored = max(seq, base)
         stream.next_seq = stream.stored + 1
         stream.read_elsewhere = not self._hub.reads(number)
+        # Its session may have ended since, with nothing here yet to be told.
+        self._writer.look_for_ended()
         return Claim(
             stream,
             None if request_id is None else json.loads(request_id),

@@ -289,7 +289,8 @@ class Worker:
         for app in self.apps:
             app.session_ended(session_id)
         # Whoever runs a call meets the fence with its next event. A standalone stream may never have another.
-        if self.writer.calls.running(session_id, None) is not None:
+        if (number := self.writer.calls.running(session_id, None)) is not None:
+            self.writer.calls.streams[number].closed = True
             self.writer.look_for_ended()
 
     async def touch_sessions(self, sessions: set[str] | None = None) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Annotated
 
 import typer
 
 from ..settings import Settings
 from .options import Dsn, Schema
-from .report import print_checks
+from .report import tell_verdict
 
 __all__ = ["doctor"]
 
@@ -33,10 +31,4 @@ def doctor(
     listen_dsn = settings.listen_dsn.get_secret_value() if settings.listen_dsn else None
     database = migrate.require_dsn(settings.database)
     made = checks.examine(database, schema=settings.schema_name, listen_dsn=listen_dsn)
-    failed = any(check.status == "fail" for check in made)
-    if as_json:
-        print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in made]}))
-    else:
-        print_checks(made)
-    if failed:
-        raise typer.Exit(1)
+    tell_verdict(made, as_json=as_json)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import signal
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from ..embedded import default_home, embedded_postgres
 from ..settings import Settings
 from .options import Dsn, Host, Level, LivePath, LogLevel, Port, ReadyPath, Schema, Workers
 from .proxied import FACTORY, ProgramPlan, ProxyPlan, UpstreamPlan, proxy_extra, variables
-from .report import print_checks
+from .report import print_checks, tell_verdict
 from .running import exit_cleanly, listen, run, shown
 
 __all__ = ["proxy"]
@@ -220,13 +219,7 @@ def _check(url: str, *, verify: bool, ca_file: str | None, as_json: bool) -> Non
     with proxy_extra():
         from ..proxy.check import examine
     found = asyncio.run(examine(url, verify=verify, ca_file=ca_file))
-    failed = any(each.status == "fail" for each in found)
-    if as_json:
-        print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(each) for each in found]}))
-    else:
-        print_checks(found)
-    if failed:
-        raise typer.Exit(1)
+    tell_verdict(found, as_json=as_json)
 
 
 def _serve(plan: ProxyPlan, settings: Settings, host: str, port: int, workers: int, log_level: LogLevel) -> None:

@@ -129,15 +129,23 @@ class ProxyEndpoint:
         lost = final_error("upstream_lost")
         try:
             payload = b""
-            with self._relays.asking(key, message.id) as asked:
+            with self._relays.asking(key, stream, message.id) as asked:
                 reply = await self._send("POST", session, asker, body)
                 streams = reply.is_stream and not reply.is_encoded
                 if not streams:
                     # Some servers send the head of an answer at once, and the body when the tool is done.
                     payload = await reply.body(max(BODY_TIMEOUT, self._upstream.timeout))
+            if asked.cancelled_caught and stream.ended:
+                # What the call ended with is in the log, or will be.
+                answered = True
+                subscription = self._hub.subscribe(stream.number, key.session_id, 1)
+                subscription.fall_behind()
+                await self._responses.respond(stream, session.protocol_version, subscription, receive, send)
+                return
             if asked.cancelled_caught:
                 lost = CANCELLED
-                raise Answer(Response(error_of(message.id, lost), media_type="application/json"))
+                headers = {SESSION_ID: key.session_id}
+                raise Answer(Response(error_of(message.id, lost), media_type="application/json", headers=headers))
             if streams:
                 subscription = self._hub.subscribe(
                     stream.number, key.session_id, 1, resumable=self._responses.primes(session.protocol_version)

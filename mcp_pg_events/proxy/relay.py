@@ -101,6 +101,7 @@ class Relay:
         """Whether what follows the last event that is stored can be asked for, without a double."""
         self._noted: asyncio.Task[None] | None = None
         self._needed = asyncio.Event()
+        self._began = asyncio.get_running_loop().time()
         self._retry = RETRY
         self._cancelled = False
         self._ended = False
@@ -334,7 +335,7 @@ class Relay:
     async def _note_soon(self, upstream_id: bytes) -> None:
         with contextlib.suppress(TimeoutError):
             # Before its client knows what to come back for.
-            async with asyncio.timeout(AT_ONCE / 2):
+            async with asyncio.timeout_at(self._began + AT_ONCE / 2):
                 await self._needed.wait()
         try:
             await self._store.relayed.note_id(self.stream, upstream_id)

@@ -315,15 +315,22 @@ class Relays:
         return request_id is not None and self._cancel(session_id, request_id)
 
     @contextmanager
-    def asking(self, key: SessionKey, request_id: RequestId) -> Iterator[anyio.CancelScope]:
-        """While the upstream has not answered a request: a cancellation of it ends the block after a while."""
+    def asking(self, key: SessionKey, stream: Stream, request_id: RequestId) -> Iterator[anyio.CancelScope]:
+        """While the upstream has not answered a request: a cancellation of it ends the block after a while, and at once
+        the end of its stream, which somebody else wrote."""
         asked = key.session_id, request_key(request_id)
         with anyio.CancelScope() as scope:
+            stream.on_ended = scope.cancel
+            if stream.ended:
+                scope.cancel()
             self._asking[asked] = scope
             try:
                 yield scope
             finally:
-                del self._asking[asked]
+                stream.on_ended = None
+                # The id of a stream that ended elsewhere may be in use again.
+                if self._asking.get(asked) is scope:
+                    del self._asking[asked]
 
     def _cancel(self, session_id: str, request_id: RequestId) -> bool:
         if (scope := self._asking.get((session_id, request_key(request_id)))) is not None:

@@ -30,7 +30,7 @@ CONNECT_TIMEOUT: Final = 10.0
 KEEP_ALIVE: Final = 3.0
 """How long (seconds) an unused connection is kept: less than the 5 s after which uvicorn and Node close theirs."""
 DEAD_AFTER: Final = 30
-"""After how many seconds a host that acknowledges nothing is taken for dead."""
+"""After how many seconds a host is taken for dead that acknowledges nothing, or takes no more of a large request."""
 READ: Final = 256 * 1024
 FINISH: Final = 0.5
 """How long (seconds) the end of an answer may take that is of no more interest."""
@@ -255,7 +255,7 @@ class Upstream:
             if waiting.expired():
                 raise UpstreamFailed(f"The upstream gave no answer within {timeout:g} seconds", 504) from None
             if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
-                raise UpstreamFailed(f"The upstream's host was silent for {DEAD_AFTER} seconds", 504) from None
+                raise UpstreamFailed(f"The upstream's host took nothing for {DEAD_AFTER} seconds", 504) from None
             raise UpstreamFailed(f"The upstream gave no answer ({_why(error)})") from None
         items = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers)
         return Reply(response.status, items, response, self._limit)

@@ -23,5 +23,6 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION end_worker(bigint, text, text, timestamptz, boolean)")
     op.execute("DROP FUNCTION holds_lock(bigint)")
     op.execute("DROP FUNCTION end_session(text, text, text, double precision, boolean, text, text)")
-    op.execute("DROP FUNCTION close_standalone(text)")
+    # Schemas of revisions 0003 to 0008 that an earlier version made lack it.
+    op.execute("DROP FUNCTION IF EXISTS close_standalone(text)")
     op.execute("DROP FUNCTION finish_calls(bigint[], text)")

@@ -250,12 +250,22 @@ def test_a_pipe_that_nobody_reads_from_the_beginning_is_no_failure(
     assert (ran.returncode, ran.stderr) == (0, b"")
 
 
-def test_a_failure_is_one_also_where_nobody_reads() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctor"], b"mcp-pg-events: No database was given"),
+        (["doctor", "--dsn", "DSN", "--schema", "nobodys"], b""),
+        (["doctor", "--dsn", "DSN", "--schema", "nobodys", "--json"], b""),
+        (["proxy", "--upstream", "http://127.0.0.1:9/mcp", "--check"], b""),
+    ],
+)
+def test_a_failure_is_one_also_where_nobody_reads(arguments: list[str], said: bytes, migrated: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    ran = subprocess.run(program("doctor"), cwd=ROOT, env=without_settings(), stdout=writer, stderr=-1, check=False)
+    given = [migrated if each == "DSN" else each for each in arguments]
+    ran = subprocess.run(program(*given), cwd=ROOT, env=without_settings(), stdout=writer, stderr=-1, check=False)
     os.close(writer)
-    assert (ran.returncode, ran.stderr.startswith(b"mcp-pg-events: No database was given")) == (1, True)
+    assert ran.returncode == 1 and ran.stderr.startswith(said) and (said or not ran.stderr), ran
 
 
 def on_a_terminal(dsn: str, name: str, *arguments: str, answer: str = "") -> tuple[int, str]:

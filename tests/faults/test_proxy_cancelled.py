@@ -1,4 +1,5 @@
-"""A call that is cancelled while its upstream has not even begun to answer, as one that answers in JSON alone does."""
+"""A call that is cancelled, or whose session ends, while its upstream has not even begun to answer: as one that answers
+in JSON alone does."""
 
 from __future__ import annotations
 
@@ -77,5 +78,28 @@ async def test_a_cancelled_call_ends_and_its_id_is_free(migrated: str) -> None:
             session = await Session.initialize(replicas[0].url)
             for elsewhere in replicas.urls:
                 await asyncio.gather(*(cancelled(session, name, elsewhere) for name in ANSWERS))
+            close_all()
+            replicas.assert_clean_logs()
+
+
+async def test_a_call_whose_session_ends_meanwhile_ends_with_it(migrated: str) -> None:
+    asked = asyncio.Event()
+
+    async def answering(exchange: Exchange) -> None:
+        asked.set()
+        await exchange.hung_up()
+
+    async with ScriptedUpstream.running() as upstream:
+        upstream.on_call = [answering]
+        environment = {"TEST_UPSTREAM": upstream.url}
+        async with run_workers("proxied_app", migrated, 2, environment=environment) as replicas:
+            session = await Session.initialize(replicas[0].url)
+            calling = asyncio.create_task(session.call("x", id=7))
+            async with asyncio.timeout(5):
+                await asked.wait()
+            assert (await session.delete(base_url=replicas[1].url)).status == 200
+            async with asyncio.timeout(8):
+                message = await (await calling).result()
+            assert message["id"] == 7 and message["error"]["data"] == {"reason": "session_ended"}
             close_all()
             replicas.assert_clean_logs()

@@ -179,6 +179,13 @@ def wait_for_lock_waiters(dsn: str, number: int) -> None:
         time.sleep(0.02)
 
 
+def test_a_schema_that_an_earlier_version_made_can_be_downgraded(database: str) -> None:
+    """Its functions of revision 0003 to 0008 were fewer."""
+    migrate.upgrade(database, revision="0006")
+    query(database, "DROP FUNCTION close_standalone(text)")
+    migrate.downgrade(database, revision="base")
+
+
 def test_a_downgrade_leaves_what_it_did_not_make(database: str) -> None:
     query(database, "CREATE SCHEMA mcp_events")
     migrate.upgrade(database)
