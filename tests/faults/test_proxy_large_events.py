@@ -53,4 +53,5 @@ async def test_an_event_of_fifty_megabytes_arrives_and_can_be_resumed(migrated: 
                 [resumed] = [event.message async for event in again.events() if event.data]
             assert resumed == result
             close_all()
-            replicas.assert_clean_logs()
+            # On a busy machine an event of this size takes longer than the log takes for granted.
+            replicas.assert_clean_logs("The database takes")
