@@ -39,9 +39,8 @@ class Calls:
     def owns(self, number: int) -> bool:
         return number in self.streams
 
-    def running(self, session_id: str, request_key: str | None) -> int | None:
-        """The stream of the session's request that runs here under this key; under None, its standalone stream, where
-        this worker reads that from an upstream."""
+    def running(self, session_id: str, request_key: str) -> int | None:
+        """The stream of the session's request that runs here under this key."""
         return self._running.get((session_id, request_key))
 
     def sessions(self) -> set[str]:

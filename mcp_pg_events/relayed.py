@@ -149,10 +149,6 @@ class RelayedSessions:
             fresh=stream.stored == 0,
         )
 
-    def look_for_ended(self) -> None:
-        """A session ended: calls of it that wait here, with nothing to store, are told."""
-        self._writer.look_for_ended()
-
     async def adrift(self, streams: Iterable[int]) -> list[int]:
         """Those of `streams` that nobody reads from the upstream."""
         rows = await self._database.fetch(self._queries.adrift, {"streams": Int8Array(streams)})

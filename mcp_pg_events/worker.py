@@ -288,9 +288,8 @@ class Worker:
         self.hub.end_session(session_id)
         for app in self.apps:
             app.session_ended(session_id)
-        # Whoever runs a call meets the fence with its next event. A standalone stream may never have another.
-        if (number := self.writer.calls.running(session_id, None)) is not None:
-            self.writer.calls.streams[number].closed = True
+        # What runs of it meets the fence with its next event, which may never come.
+        if self.writer.calls.numbers(lambda: {session_id}):
             self.writer.look_for_ended()
 
     async def touch_sessions(self, sessions: set[str] | None = None) -> None:

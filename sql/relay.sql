@@ -1,8 +1,8 @@
 -- The ends of workers and sessions where streams are read from an upstream, for a proxy.
 
--- Ends a worker. What it does is what `end_worker` in finish.sql does, which it replaces, but for streams that another replica can go on
--- with, because the upstream gave ids in them: those lose their worker and wait, adrift, for a client whose credential
--- the upstream takes. The other calls of proxied sessions end with an error of their own.
+-- Ends a worker. What it does is what `end_worker` in finish.sql does, which it replaces, but for streams that another
+-- replica can go on with, because the upstream gave ids in them: those lose their worker and wait, adrift, for a client
+-- whose credential the upstream takes. The other calls of proxied sessions end with an error of their own.
 CREATE OR REPLACE FUNCTION end_worker(
     dead bigint, reason text, error text, seen timestamptz DEFAULT NULL, locked boolean DEFAULT NULL,
     OUT calls bigint[], OUT standalone bigint[]

@@ -124,8 +124,6 @@ class Relays:
         for relay in list(self._relays.values()):
             if relay.key.session_id == session_id:
                 relay.hang_up()
-        if any(asking == session_id for asking, _ in self._asking):
-            self._store.relayed.look_for_ended()
 
     async def upstream_session_gone(self, key: SessionKey) -> None:
         """The upstream knows a session no more, so that it ends."""
